@@ -1,0 +1,264 @@
+"""Builds model, adapters and optimizer from a setup: the harness runs them on real tensors, the dry run on fake ones.
+
+The only module of this room that needs torch and transformers; it imports them where they are used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from estimator.catalog import model_names, resolve_model, transformers_class
+from estimator.errors import InputError, MissingError
+from estimator.setup import Setup
+from estimator.shape import ModelShape, lora_modules
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+_ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
+_LLAMA_LIKE = {
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "granite", "nemotron", "deepseek_v3", "gpt_oss",
+}  # fmt: skip
+
+
+def weight_dtype(setup: Setup) -> torch.dtype:
+    """The dtype that weights are stored in: fp32 for fp32 and every -mixed precision."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setup.precision, torch.float32)
+
+
+def model_config(setup: Setup) -> PreTrainedConfig:
+    """The transformers config of ``setup.model``. Remote code is never executed.
+
+    Raises InputError for a shape that transformers has no class for, or a config it cannot build.
+    """
+    attention = _ATTENTION[setup.attention]
+    if is_pretrained(setup.model):
+        from transformers import AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                setup.model, trust_remote_code=False, attn_implementation=attention
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model: transformers cannot load {setup.model!r}: {_first_line(error)}") from None
+        return config
+    shape = resolve_model(setup.model)
+    name = transformers_class(shape.family)
+    if name is None:
+        raise InputError(
+            f"model: transformers has no class that builds {setup.model!r} ({shape.family}); choose another model"
+        )
+    import transformers
+
+    config = getattr(transformers, name)(**_config_arguments(shape))
+    assert isinstance(config, transformers.PreTrainedConfig)
+    config._attn_implementation = attention
+    config.use_cache = False
+    return config
+
+
+def _config_arguments(shape: ModelShape) -> dict[str, Any]:
+    if shape.family in _LLAMA_LIKE:
+        arguments: dict[str, Any] = {
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.dense_ffn if shape.experts and shape.dense_ffn else shape.ffn,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "tie_word_embeddings": shape.tied_embeddings,
+            "max_position_embeddings": 131_072,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+        if shape.family == "deepseek_v3":
+            arguments["head_dim"] = shape.qk_rope_head_dim
+            arguments |= {
+                "q_lora_rank": shape.q_lora_rank or None,
+                "kv_lora_rank": shape.kv_lora_rank,
+                "qk_nope_head_dim": shape.qk_nope_head_dim,
+                "qk_rope_head_dim": shape.qk_rope_head_dim,
+                "v_head_dim": shape.v_head_dim,
+                "first_k_dense_replace": shape.dense_layers,
+                "n_routed_experts": shape.experts,
+                "n_shared_experts": shape.shared_experts,
+                "moe_intermediate_size": shape.ffn,
+                "num_experts_per_tok": shape.active_experts,
+            }
+        elif shape.experts:
+            experts = "num_experts" if shape.family == "qwen3_moe" else "num_local_experts"
+            arguments |= {experts: shape.experts, "num_experts_per_tok": shape.active_experts}
+            if shape.family == "qwen3_moe":
+                arguments |= {"moe_intermediate_size": shape.ffn, "decoder_sparse_step": shape.moe_every}
+        if shape.family in ("qwen2", "mistral", "mixtral"):
+            arguments["sliding_window"] = None
+        return arguments
+    if shape.family in ("gpt2", "gpt_bigcode"):
+        return {
+            "vocab_size": shape.vocab,
+            "n_embd": shape.hidden,
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            "n_inner": shape.ffn,
+            "n_positions": shape.positions,
+            "tie_word_embeddings": shape.tied_embeddings,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    if shape.family in ("gpt_neox", "phi", "opt", "falcon", "bloom"):
+        arguments = {
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "tie_word_embeddings": shape.tied_embeddings,
+        }
+        if shape.family in ("gpt_neox", "phi"):
+            arguments["intermediate_size"] = shape.ffn
+        if shape.family == "opt":
+            arguments |= {
+                "ffn_dim": shape.ffn,
+                "word_embed_proj_dim": shape.hidden,
+                "max_position_embeddings": shape.positions - 2,
+                "dropout": 0.0,
+            }
+        if shape.family == "falcon":
+            arguments |= {"multi_query": shape.kv_heads == 1, "ffn_hidden_size": shape.ffn, "bias": False}
+        return arguments
+    raise InputError(f"model: no rule builds the family {shape.family!r} with transformers; choose another model")
+
+
+def is_pretrained(model: str) -> bool:
+    """Whether ``model`` is a directory, a config file or a hub id rather than a catalog name."""
+    return model.lower() not in model_names() and (Path(model).expanduser().exists() or "/" in model)
+
+
+def build_model(setup: Setup, *, seed: int = 0) -> torch.nn.Module:
+    """The model with its method applied, in its weight dtype, on the default device.
+
+    Catalog shapes and bare configs get random weights from ``seed``; directories with weights and hub ids are loaded.
+    Raises InputError and MissingError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    check_buildable(setup)
+    set_seed(seed)
+    config = model_config(setup)
+    dtype = weight_dtype(setup)
+    try:
+        if is_pretrained(setup.model) and not Path(setup.model).is_file():
+            model = AutoModelForCausalLM.from_pretrained(
+                setup.model,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                quantization_config=_quantization(setup),
+            )
+        else:
+            if setup.base_quantization:
+                raise InputError(
+                    f"base_quantization: {setup.base_quantization} quantizes pretrained weights; give --model DIRECTORY or a hub id"
+                )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        kind = MissingError if isinstance(error, ImportError) else InputError
+        raise kind(f"model: cannot load {setup.model!r}: {_first_line(error)}") from None
+    model.config.use_cache = False
+    if setup.checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": setup.checkpoint_reentrant})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        return _apply_method(model, setup)
+
+
+def check_buildable(setup: Setup) -> None:
+    """Raises InputError for what the estimator can predict but no step here executes."""
+    unbuilt = {
+        "sharding": setup.sharding not in (None, "none"),
+        "offload": setup.offload is not None,
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "loss": setup.loss not in ("standard", "compiled"),
+        "checkpointing": setup.checkpointing == "selective",
+        "precision": setup.precision.startswith(("fp8", "mxfp8", "nvfp4")),
+        "base_quantization": setup.base_quantization in ("gptq-int4", "gptq-int8"),
+        "accelerators": setup.accelerators > 1,
+    }
+    for name, wrong in unbuilt.items():
+        if wrong:
+            raise InputError(
+                f"{name}: {getattr(setup, name)} can be estimated but not run on this machine; leave it out"
+            )
+
+
+def _quantization(setup: Setup) -> Any:
+    if setup.base_quantization is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if setup.base_quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=setup.base_quantization == "nf4-dq",
+        bnb_4bit_compute_dtype=torch.float16 if "fp16" in (setup.precision, setup.autocast) else torch.bfloat16,
+    )
+
+
+def _apply_method(model: Any, setup: Setup) -> torch.nn.Module:
+    if setup.method == "full":
+        return model
+    if setup.method == "freeze":
+        layers = _decoder_layers(model)
+        assert setup.trainable_layers is not None
+        if setup.trainable_layers > len(layers):
+            raise InputError(
+                f"trainable_layers: {setup.trainable_layers} is more than the model's {len(layers)} layers"
+            )
+        model.requires_grad_(False)
+        for layer in layers[-setup.trainable_layers :]:
+            layer.requires_grad_(True)
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingError(f"method: {setup.method} needs peft; pip install 'vramcalc-toolkit[all]'") from None
+    targets: str | list[str] = "all-linear"
+    if setup.lora_targets not in ("all", "all-linear"):
+        present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        wanted = (setup.lora_targets or "").replace(",", " ").split()
+        targets = wanted or [name for name, _, _ in lora_modules(resolve_model(setup.model), None)]
+        if missing := [name for name in targets if name.rsplit(".", 1)[-1] not in present]:
+            raise InputError(f"lora_targets: the model has no module {missing[0]!r}; write --lora-targets all-linear")
+    adapters = LoraConfig(
+        r=setup.lora_rank or 16,
+        lora_alpha=2 * (setup.lora_rank or 16),
+        target_modules=targets,
+        use_dora=setup.method == "dora",
+        task_type="CAUSAL_LM",
+    )
+    if setup.checkpointing == "full":
+        model.enable_input_require_grads()
+    return cast("torch.nn.Module", get_peft_model(model, adapters))
+
+
+def _decoder_layers(model: Any) -> Any:
+    import torch
+
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

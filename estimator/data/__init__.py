@@ -1,0 +1,1 @@
+"""Facts as data files, a source in every row."""

@@ -1,0 +1,140 @@
+"""A measured run: one row of the table that ``profile`` writes and that ``fit`` and ``validate`` read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from estimator.errors import InputError
+from estimator.setup import Setup, setting_types
+
+OUTCOMES = ("ok", "oom", "failed", "timeout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """A setup and what happened. Bytes and seconds are per device; ``None`` is "not measured" or "not stated"."""
+
+    run: str
+    """Identifies the row; for rows that ``profile`` writes, the key of the setup, the repeat and the machine."""
+    setup: Setup
+    source: str = ""
+    """Who measured it; the text before the first colon groups the scores."""
+    grade: str = ""
+    """A+ (every setting known, bytes exact), A, B, C, or empty."""
+    outcome: str = "ok"
+    reason: str | None = None
+    """Why a run is not ``ok``, in one line."""
+
+    parameters: int | None = None
+    trainable_parameters: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    peak_unstated_bytes: int | None = None
+    """A published peak whose kind the source does not say."""
+    peak_host_bytes: int | None = None
+    peak_phase: str | None = None
+    """The phase that held the allocated peak: forward, backward, optimizer or evaluation."""
+    peak_forward_bytes: int | None = None
+    peak_backward_bytes: int | None = None
+    peak_optimizer_bytes: int | None = None
+    loaded_bytes: int | None = None
+    """Allocated once the model is loaded, before the first step."""
+
+    step_seconds: float | None = None
+    """Median over the timed steps."""
+    step_seconds_spread: float | None = None
+    """Half the distance between the 5th and 95th percentile of the timed steps, over the median."""
+    timed_steps: int | None = None
+    tokens_per_second_per_accelerator: float | None = None
+    model_tflops_per_accelerator: float | None = None
+    stated_mfu: float | None = None
+    energy_joules: float | None = None
+    """Of one optimizer step."""
+
+    checkpoint_bytes: int | None = None
+    checkpoint_model_bytes: int | None = None
+    checkpoint_optimizer_bytes: int | None = None
+    checkpoint_seconds: float | None = None
+
+    final_loss: float | None = None
+    global_batch: int | None = None
+    kernels: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    environment: str | None = None
+    """JSON: libraries, device, host, clocks."""
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise InputError(f"outcome: {self.outcome!r} is not known; it is one of {', '.join(OUTCOMES)}")
+
+
+_TYPES = {"str": str, "int": int, "float": float}
+MEASUREMENTS: dict[str, type] = {
+    spec.name: _TYPES[str(spec.type).removesuffix(" | None")] for spec in fields(MeasuredRun) if spec.name != "setup"
+}
+"""The columns that are not settings, with their types, in the table's order."""
+
+
+def columns() -> list[str]:
+    """The columns of a table of measured runs, in order: identity, settings, measurements."""
+    identity = ["run", "source", "grade"]
+    return identity + list(setting_types()) + [name for name in MEASUREMENTS if name not in identity]
+
+
+def to_row(run: MeasuredRun) -> dict[str, Any]:
+    """One flat record by column name."""
+    values = {name: getattr(run, name) for name in MEASUREMENTS} | run.setup.as_dict()
+    return {name: values[name] for name in columns()}
+
+
+def from_row(row: Mapping[str, Any]) -> MeasuredRun:
+    """A measured run from one flat record; empty text, ``None`` and NaN are "not stated".
+
+    Columns that are unknown are ignored (tables may hold more). Raises InputError naming the run and the column.
+    """
+    settings: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
+    stated = {name: value for name, value in row.items() if not _is_empty(value)}
+    if " or " in str(stated.get("attention_kernel", "")):  # "flash or efficient": the source does not know either
+        del stated["attention_kernel"]
+    label = str(stated.get("run", "?"))
+    try:
+        if "run" not in stated:
+            raise InputError("run: the column is missing or empty")
+        for name, value in stated.items():
+            if name in MEASUREMENTS:
+                measurements[name] = _convert(name, value)
+            elif name in setting_types():
+                settings[name] = value
+        return MeasuredRun(setup=Setup.from_mapping(settings), **measurements)
+    except InputError as error:
+        raise InputError(f"run {label}: {error}") from None
+
+
+def with_measurements(run: MeasuredRun, **values: Any) -> MeasuredRun:
+    """A copy with some columns replaced."""
+    return dataclasses.replace(run, **values)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value)) or str(value) == "<NA>"
+
+
+def _convert(name: str, value: Any) -> Any:
+    kind = MEASUREMENTS[name]
+    if kind is str:
+        return str(value)
+    try:
+        number = float(value)
+        if not math.isfinite(number) or (number < 0 and name != "final_loss"):
+            raise ValueError
+        return kind(number)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: {value!r} is not a non-negative number") from None

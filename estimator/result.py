@@ -1,0 +1,127 @@
+"""What an estimate is made of: named parts that sum, intervals, and the facts they rest on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from estimator.setup import Setup
+from estimator.units import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One named share of a total: bytes of memory, or seconds of a step."""
+
+    name: str
+    amount: float
+    formula: str
+    """In words or symbols, what was multiplied."""
+    source: str
+    """Where the formula comes from: code that was read, a measurement, or a fitted law."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    name: str
+    parameters: int
+    trainable_parameters: int
+    active_parameters: int
+    """Parameters that take part in one token's forward pass (fewer than ``parameters`` in a mixture of experts)."""
+    layers: int
+    hidden: int
+    vocab: int
+    inferred: bool
+    """The shape was inferred from a parameter count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    method: str
+    """``formula``, ``dry-run`` or ``measured`` (a formula whose coefficients were fitted to measured runs)."""
+    phase: str
+    """Where in the step the peak stands: ``forward``, ``backward``, ``optimizer`` (or ``evaluation``)."""
+    parts: tuple[Part, ...]
+    """Bytes at the peak; they sum exactly to ``peak_allocated_bytes.value``."""
+    peak_allocated_bytes: Interval
+    peak_reserved_bytes: Interval
+    peak_device_bytes: Interval
+    peak_host_bytes: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitEstimate:
+    """Whether the device peak fits one accelerator; ``None`` where the capacity is unknown."""
+
+    gpu: str | None
+    capacity_bytes: int | None
+    """What the driver reports, less ``--reserve``."""
+    fits: bool | None
+    margin_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeEstimate:
+    step_seconds: Interval
+    tokens_per_second: Interval
+    tokens_per_second_per_gpu: Interval
+    model_flops_per_step: float
+    mfu: Interval | None
+    """``None`` where the accelerator's peak rate is unknown (a CPU)."""
+    parts: tuple[Part, ...]
+    """Seconds; they sum to ``step_seconds.value``."""
+    method: str
+    """``formula`` or ``measured``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointEstimate:
+    bytes: int
+    model_bytes: int
+    optimizer_bytes: int
+    run_disk_bytes: int
+    """What the run's kept checkpoints and its final model take on the disk at their most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEstimate:
+    steps: int
+    tokens: int
+    epochs: float
+    hours: Interval
+    gpu_hours: Interval
+    cost_usd: Interval | None
+    energy_kwh: Interval | None
+    price_usd_per_gpu_hour: float | None
+    price_source: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaiveEstimate:
+    """The straight proportion from a small measured run, and why it is wrong."""
+
+    base: dict[str, float | str]
+    """The run it scales: model, parameters, seq, batch, vram_bytes, seconds_per_token, source."""
+    vram_bytes: float
+    years: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    setup: Setup
+    """Resolved: every default written out."""
+    model: ModelSummary
+    memory: MemoryEstimate
+    fits: FitEstimate
+    fits_on: tuple[FitEstimate, ...]
+    """Every accelerator of the catalog whose usable memory is known, smallest first."""
+    time: TimeEstimate | None
+    """``None`` without an accelerator whose rate is known."""
+    checkpoint: CheckpointEstimate
+    run: RunEstimate | None
+    """``None`` without an amount of data or without a time."""
+    naive: NaiveEstimate
+    calibration: str | None
+    """The path of the calibration that was used."""
+    notes: tuple[str, ...]
+    """Assumptions and caveats that matter, one line each."""

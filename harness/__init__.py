@@ -1,0 +1,1 @@
+"""Runs real training: models, data, the loop, one profiled point, sweeps of points, and the full fine-tune."""
