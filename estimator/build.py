@@ -216,7 +216,7 @@ def _quantization(setup: Setup) -> Any:
     )
 
 
-def _apply_method(model: Any, setup: Setup) -> torch.nn.Module:
+def _apply_method(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
     if setup.method == "full":
         return model
     if setup.method == "freeze":
@@ -249,11 +249,11 @@ def _apply_method(model: Any, setup: Setup) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     if setup.checkpointing == "full":
-        model.enable_input_require_grads()
+        cast("Any", model).enable_input_require_grads()
     return cast("torch.nn.Module", get_peft_model(model, adapters))
 
 
-def _decoder_layers(model: Any) -> Any:
+def _decoder_layers(model: torch.nn.Module) -> Any:
     import torch
 
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]

@@ -75,6 +75,14 @@ class MeasuredRun:
             raise InputError(f"outcome: {self.outcome!r} is not known; it is one of {', '.join(OUTCOMES)}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A row of a table that is not used, and why, in one line."""
+
+    run: str
+    reason: str
+
+
 _TYPES = {"str": str, "int": int, "float": float}
 MEASUREMENTS: dict[str, type] = {
     spec.name: _TYPES[str(spec.type).removesuffix(" | None")] for spec in fields(MeasuredRun) if spec.name != "setup"

@@ -1,12 +1,27 @@
-"""Peak memory in closed form: named parts, phase by phase, from a shape and a setup.  (being written)"""
+"""Peak memory in closed form: named parts, phase by phase, from a shape and a setup.
+
+Each phase is taken at the moment that can be its highest, and the peak is the highest phase. Between the start and the
+end of backward the activations shrink while the gradients grow, both linearly in depth, so one of the ends is the peak.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from estimator.activations import head_input_bytes, layer_activations, logit_bytes
+from estimator.hardware import is_cpu, workspace_bytes
 from estimator.result import Part
 from estimator.setup import Setup
 from estimator.shape import ModelShape
+from estimator.states import Placement, States, Widths, placement, states, widths
+
+PHASES = ("forward", "backward", "optimizer", "evaluation")
+PART_NAMES = (
+    "parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "workspace", "communication",
+)  # fmt: skip
+
+_CODE = "transformers 5 modelling code and torch autograd, read; checked on CPU allocator events"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,27 +29,228 @@ class PhaseMemory:
     """What is allocated at the highest moment of one phase, in bytes per device."""
 
     phase: str
-    """``forward``, ``backward``, ``optimizer`` or ``evaluation``."""
+    """One of PHASES."""
     parts: tuple[Part, ...]
-    """Named from PART_NAMES; integers."""
+    """Named from PART_NAMES, whole bytes; a part that is 0 is left out."""
 
     @property
     def bytes(self) -> int:
         return int(sum(part.amount for part in self.parts))
 
 
-PART_NAMES = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "temporaries",
-    "workspace",
-    "communication",
-)
-
-
 def memory_phases(shape: ModelShape, setup: Setup) -> tuple[PhaseMemory, ...]:
-    """Every phase of a step (``setup`` resolved); the peak is the largest of their sums."""
-    raise NotImplementedError
+    """Every candidate for the peak of a step (``setup`` resolved); a phase can appear twice, at its start and end.
+
+    More tokens, parameters or sequences never lower any of them.
+    """
+    ledger = _Ledger.of(shape, setup)
+    phases = [ledger.forward(), ledger.backward_start(), ledger.backward_end(), ledger.optimizer_step()]
+    if setup.eval_batch:
+        phases.append(ledger.evaluation())
+    return tuple(phases)
+
+
+def peak_phase(phases: tuple[PhaseMemory, ...]) -> PhaseMemory:
+    """The highest."""
+    return max(phases, key=lambda phase: phase.bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ledger:
+    """The amounts that several phases share."""
+
+    shape: ModelShape
+    setup: Setup
+    size: Widths
+    place: Placement
+    states: States
+    tokens: float
+    """Of one micro-batch on this device."""
+    layers: int
+    in_flight: int
+    """Micro-batches whose activations a pipeline's first stage holds at once."""
+    held_gradients: float
+    """Gradients that exist while a forward pass runs."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, setup: Setup) -> _Ledger:
+        kept = states(shape, setup)
+        accumulates = setup.accumulation > 1 or setup.zero_grad == "zero"
+        return cls(
+            shape=shape,
+            setup=setup,
+            size=widths(setup),
+            place=placement(setup),
+            states=kept,
+            tokens=setup.batch * setup.seq / setup.context_parallel,
+            layers=math.ceil(shape.layers / setup.pipeline_parallel),
+            in_flight=min(setup.pipeline_parallel, setup.accumulation)
+            if setup.pipeline_schedule != "gpipe"
+            else setup.accumulation
+            if setup.pipeline_parallel > 1
+            else 1,
+            held_gradients=kept.gradients if accumulates else 0.0,
+        )
+
+    # --- what the layers hold -------------------------------------------------------------------------------------
+
+    def _layer(self, *, moe: bool) -> tuple[float, float, float]:
+        """(kept, checkpointed, transient) bytes of one layer over the micro-batch."""
+        layer = layer_activations(self.shape, self.setup, moe=moe)
+        context = self.setup.seq
+        kept = self.tokens * (layer.kept + layer.scores * context)
+        transient = self.tokens * (layer.transient + layer.transient_scores * context)
+        return kept, self.tokens * layer.layer_input, transient
+
+    def _activations(self) -> tuple[float, float, float]:
+        """(kept through the forward pass, one layer's recomputed, transient) bytes on this device."""
+        kept = inputs = largest = transient = 0.0
+        for moe, count in ((False, self.shape.plain_layers), (True, self.shape.moe_layers)):
+            if count:
+                one, entering, momentary = self._layer(moe=moe)
+                share = count * self.layers / self.shape.layers
+                kept += one * share
+                inputs += entering * share
+                largest, transient = max(largest, one), max(transient, momentary)
+        if self.setup.method == "freeze" and self.setup.trainable_layers:
+            kept *= min(1.0, self.setup.trainable_layers / self.shape.layers)
+        if self.setup.method in ("lora", "dora", "qlora") and self.shape.rms_norm:
+            # Nothing before the first adapter needs a gradient: the first norm keeps nothing.
+            kept -= self.tokens * 4 * self.shape.hidden / self.setup.tensor_parallel
+        if self.setup.checkpointing == "full":
+            return inputs * self.in_flight, largest, transient
+        if self.setup.checkpointing == "selective":
+            return (inputs + (kept - inputs) * 0.5) * self.in_flight, largest * 0.5, transient
+        return kept * self.in_flight, 0.0, transient
+
+    def _autocast_copies(self, phase: str) -> float:
+        """Half-precision casts of fp32 weights. Without checkpointing the graph keeps them until backward has passed;
+        with it, autocast's cache keeps them to the end of the forward pass, and then only the head's stays."""
+        if not self.size.autocast:
+            return 0.0
+        if not self.size.casts_weights:  # only the adapters are wider than the compute type
+            return self.size.compute * self.states.trainable if self.size.trained == 4 else 0.0
+        head = self.states.embedding
+        layers = self.states.linear / (self.place.parameters if self.place.gathers else 1)
+        # Autocast caches the casts of trained weights only; frozen ones live where the graph keeps them.
+        cached = phase == "forward" and self.setup.method == "full"
+        if cached or self.setup.checkpointing != "full":
+            return self.size.compute * (layers + head)
+        return self.size.compute * head
+
+    # --- the phases -----------------------------------------------------------------------------------------------
+
+    def forward(self) -> PhaseMemory:
+        kept, _, _ = self._activations()
+        logits = logit_bytes(self.shape, self.setup)
+        return self._phase(
+            "forward",
+            gradients=self.held_gradients,
+            activations=kept + self.tokens * head_input_bytes(self.shape, self.setup),
+            logits=self.tokens * logits.forward + logits.head_gradients,
+            temporaries=self._autocast_copies("forward"),
+        )
+
+    def backward_start(self) -> PhaseMemory:
+        kept, recomputed, transient = self._activations()
+        logits = logit_bytes(self.shape, self.setup)
+        # The softmax's backward, or the recomputation of the last layer with what the caller still holds of the logits.
+        chain = self.tokens * logits.backward
+        later = recomputed + transient
+        head = self.tokens * head_input_bytes(self.shape, self.setup)
+        held = self.tokens * (logits.kept - 4 * self.shape.vocab / self.setup.tensor_parallel)
+        if later + max(held, 0.0) > chain + head:
+            logits_bytes, activations = max(held, 0.0), kept + later
+        else:
+            logits_bytes, activations = chain, kept + head
+        return self._phase(
+            "backward",
+            gradients=self.held_gradients,
+            activations=activations,
+            logits=logits_bytes + logits.head_gradients,
+            temporaries=self._autocast_copies("backward"),
+        )
+
+    def backward_end(self) -> PhaseMemory:
+        _, recomputed, transient = self._activations()
+        layer = recomputed
+        if self.setup.checkpointing != "full" and self.setup.checkpointing != "selective":
+            kept, _, _ = self._layer(moe=not self.shape.plain_layers)
+            layer = kept if self.setup.method != "freeze" else 0.0
+        # A tied table's gradients come from the head and, last, from the lookup; autograd adds the two into a third
+        # tensor (in place where autocast's cast made a fresh one), and that to what an earlier micro-batch left.
+        table = 0.0
+        if self.setup.method == "full" and self.shape.tied_embeddings:
+            copies = (1 if self.size.casts_weights else 2) + (1 if self.held_gradients else 0)
+            table = self.states.embedding * self.states.gradient_width * copies
+        if table > layer + transient:
+            return self._phase("backward", gradients=self.states.gradients, temporaries=table)
+        return self._phase("backward", gradients=self.states.gradients, activations=layer + transient)
+
+    def optimizer_step(self) -> PhaseMemory:
+        return self._phase("optimizer", gradients=self.states.gradients, temporaries=self._optimizer_temporaries())
+
+    def evaluation(self) -> PhaseMemory:
+        assert self.setup.eval_batch is not None
+        tokens = self.setup.eval_batch * self.setup.seq / self.setup.context_parallel
+        layer = layer_activations(self.shape, self.setup, moe=not self.shape.plain_layers)
+        return self._phase(
+            "evaluation",
+            gradients=self.states.gradients if self.setup.zero_grad == "zero" else 0.0,
+            activations=tokens * 2 * layer.layer_input,
+            logits=tokens * logit_bytes(self.shape, self.setup).evaluation,
+            temporaries=self._autocast_copies("backward"),
+        )
+
+    def _optimizer_temporaries(self) -> float:
+        trained, shards = self.states.trainable * self.size.trained, self.place.optimizer
+        if self.setup.optimizer == "adamw":
+            if is_cpu(self.setup.accelerator):  # one tensor at a time: the square root and the scaled denominator
+                return 2 * min(self._largest_trained(), trained) / shards
+            return trained / shards  # foreach: the square roots of all second moments at once
+        if self.setup.optimizer == "adafactor":
+            return 2 * min(self._largest_trained(), trained) / shards
+        return 0.0
+
+    def _largest_trained(self) -> float:
+        width = self.size.trained
+        if self.setup.method in ("lora", "dora", "qlora"):
+            return width * (self.setup.lora_rank or 1) * max(self.shape.plain_ffn, self.shape.hidden)
+        matrix = max(self.shape.plain_ffn, self.shape.query_width) * self.shape.hidden
+        return width * max(self.states.embedding if self.setup.method == "full" else 0.0, matrix)
+
+    def _communication(self, phase: str) -> float:
+        """Buffers of gradient reduction and parameter gathering."""
+        kind, ranks = self.setup.sharding, self.setup.data_ranks
+        if kind == "ddp" and ranks > 1:
+            return self.states.trainable * self.size.trained  # torch's reducer: buckets beside the gradients
+        if kind in ("zero1", "zero2") and phase != "forward":
+            return min(2 * 5e8 * self.size.compute, 2 * self.states.trainable * self.size.compute)
+        if self.place.gathers:
+            # Two layers gathered (the current one and the prefetched), and in backward one layer's full gradients.
+            tables = self.states.embedding * (1 if self.shape.tied_embeddings else 2)
+            layer = min(self.states.largest_layer, self.states.total)
+            gathered = self.size.compute * (2 * layer + tables)
+            reduced = self.states.gradient_width * layer if phase == "backward" else 0.0
+            return gathered + reduced if phase != "optimizer" else 0.0
+        return 0.0
+
+    def _phase(self, phase: str, *, gradients: float, activations: float = 0.0, logits: float = 0.0, temporaries: float = 0.0) -> PhaseMemory:
+        setup = self.setup
+        workspace = workspace_bytes(setup.accelerator)
+        amounts = (
+            ("parameters", self.states.parameters, f"{self.states.total:,.0f} parameters, {setup.precision}", _CODE),
+            ("gradients", gradients, f"{self.states.trainable:,.0f} trained x {self.states.gradient_width:g} B", _CODE),
+            ("optimizer", self.states.optimizer, f"{setup.optimizer} states of the trained parameters", _CODE),
+            ("activations", activations, f"{self.layers} layers x {self.tokens:,.0f} tokens, checkpointing {setup.checkpointing}", _CODE),
+            ("logits", logits, f"{self.tokens:,.0f} tokens x {self.shape.vocab:,} vocabulary, {setup.loss} loss", _CODE),
+            ("temporaries", temporaries, "casts of weights, the optimizer's square roots, or a second table gradient", _CODE),
+            ("workspace", workspace, "cuBLAS workspaces of two threads", "PyTorch CUDABlas defaults by architecture"),
+            ("communication", self._communication(phase), f"{setup.sharding} over {setup.data_ranks} ranks", "framework defaults"),
+        )  # fmt: skip
+        parts = tuple(
+            Part(name=name, amount=round(amount), formula=formula, source=source)
+            for name, amount, formula, source in amounts
+            if round(amount)
+        )
+        return PhaseMemory(phase=phase, parts=parts)

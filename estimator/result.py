@@ -56,7 +56,10 @@ class FitEstimate:
     capacity_bytes: int | None
     """What the driver reports, less ``--reserve``."""
     fits: bool | None
+    """Of the device; and of the machine's memory, where that was given."""
     margin_bytes: int | None
+    host_margin_bytes: int | None = None
+    """What is left of the machine's memory; ``None`` where that was not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,330 @@
+"""One setup in, one estimate out: the formulas put together, or the laws fitted to this device where there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from estimator.catalog import resolve_model
+from estimator.checkpoint import checkpoint_estimate
+from estimator.compute import FORMULA_RELATIVE_ERROR, StepWork, formula_seconds, step_work
+from estimator.cost import RunRequest, naive_estimate, run_estimate
+from estimator.errors import DoesNotFitError
+from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
+from estimator.memory import PhaseMemory, memory_phases, peak_phase
+from estimator.result import (
+    CheckpointEstimate,
+    Estimate,
+    FitEstimate,
+    MemoryEstimate,
+    ModelSummary,
+    Part,
+    TimeEstimate,
+)
+from estimator.setup import Setup
+from estimator.shape import ModelShape, active_parameters, count_parameters
+from estimator.states import states, trainable_parameters
+from estimator.units import GB, GIB, Interval
+
+if TYPE_CHECKING:
+    from estimator.calibration import Calibration
+
+# Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md): the frameworks whose code
+# was read, the others, several devices, and what an inferred shape adds.
+_KNOWN_FRAMEWORK, _OTHER_FRAMEWORK, _SEVERAL_DEVICES, _INFERRED_SHAPE = 0.06, 0.25, 0.15, 0.12
+# What the caching allocator holds beyond the tensors.
+_FRAGMENTATION = Interval(value=0.04, low=0.0, high=0.20)
+_FRAGMENTATION_EXPANDABLE = Interval(value=0.01, low=0.0, high=0.05)
+
+
+def estimate(
+    setup: Setup,
+    *,
+    request: RunRequest | None = None,
+    calibration: Calibration | None = None,
+    calibration_name: str | None = None,
+    capacity_bytes: int | None = None,
+) -> Estimate:
+    """Predicts memory, time, checkpoint and the run. Raises InputError for what cannot be.
+
+    ``capacity_bytes`` replaces the catalog's memory of the accelerator (for the device at hand). A calibration is used
+    only where it is of the setup's accelerator.
+    """
+    request = request or RunRequest()
+    setup = _canonical(setup).resolved()
+    shape = resolve_model(setup.model)
+    parameters = count_parameters(shape).total
+    if calibration is not None:
+        from estimator.calibration import matches
+
+        if not matches(calibration, setup.accelerator):
+            calibration = None
+    memory = _memory(shape, setup, calibration)
+    time = _time(shape, setup, calibration)
+    checkpoint = _checkpoint(shape, setup, calibration, request)
+    return Estimate(
+        setup=setup,
+        model=ModelSummary(
+            name=shape.name,
+            parameters=parameters,
+            trainable_parameters=trainable_parameters(shape, setup),
+            active_parameters=active_parameters(shape),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            vocab=shape.vocab,
+            inferred=shape.inferred,
+        ),
+        memory=memory,
+        fits=_with_host(
+            _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes), memory, request
+        ),
+        fits_on=_fits_on(shape, setup, request.reserve_bytes),
+        time=time,
+        checkpoint=checkpoint,
+        run=None if time is None else run_estimate(setup, request, time),
+        naive=naive_estimate(parameters, setup, request),
+        calibration=None if calibration is None else calibration_name,
+        notes=_notes(shape, setup, request, time, calibration),
+    )
+
+
+def _canonical(setup: Setup) -> Setup:
+    """The accelerator by its catalog name."""
+    if setup.accelerator is None or is_cpu(setup.accelerator):
+        return setup
+    return dataclasses.replace(setup, accelerator=find_accelerator(setup.accelerator).name)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None) -> MemoryEstimate:
+    phases = memory_phases(shape, setup)
+    if calibration is not None:
+        from estimator import calibration as laws
+
+        fitted = laws.apply_memory(calibration, phases)
+        if fitted is not None:
+            allocated = fitted.peak_allocated_bytes
+            reserved = laws.apply_reserved(calibration, allocated) or _reserved(setup, allocated)
+            device = laws.apply_device(calibration, allocated) or _device(setup, reserved)
+            return _memory_estimate(shape, setup, "measured", fitted.phase, fitted.parts, allocated, reserved, device)
+    peak = peak_phase(phases)
+    allocated = _formula_interval(shape, setup, peak)
+    reserved = _reserved(setup, allocated)
+    device = _device(setup, reserved)
+    return _memory_estimate(shape, setup, "formula", peak.phase, peak.parts, allocated, reserved, device)
+
+
+def _memory_estimate(
+    shape: ModelShape,
+    setup: Setup,
+    method: str,
+    phase: str,
+    parts: tuple[Part, ...],
+    allocated: Interval,
+    reserved: Interval,
+    device: Interval,
+) -> MemoryEstimate:
+    return MemoryEstimate(
+        method=method,
+        phase=phase,
+        parts=parts,
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        peak_device_bytes=device,
+        peak_host_bytes=_host(shape, setup, device),
+    )
+
+
+def _formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Interval:
+    known = setup.framework in ("hf-trainer", "torch-loop")
+    width = _KNOWN_FRAMEWORK if known else _OTHER_FRAMEWORK
+    width += (_SEVERAL_DEVICES if setup.accelerators > 1 else 0.0) + (_INFERRED_SHAPE if shape.inferred else 0.0)
+    return Interval.within(float(peak.bytes), below=width, above=width)
+
+
+def _reserved(setup: Setup, allocated: Interval) -> Interval:
+    share = _FRAGMENTATION_EXPANDABLE if setup.expandable_segments else _FRAGMENTATION
+    if is_cpu(setup.accelerator):
+        share = _FRAGMENTATION_EXPANDABLE
+    return Interval(
+        value=allocated.value * (1 + share.value),
+        low=allocated.low * (1 + share.low),
+        high=allocated.high * (1 + share.high),
+    )
+
+
+def _device(setup: Setup, reserved: Interval) -> Interval:
+    context = context_bytes(setup.accelerator)
+    return Interval(
+        value=reserved.value + context.value, low=reserved.low + context.low, high=reserved.high + context.high
+    )
+
+
+def _host(shape: ModelShape, setup: Setup, device: Interval) -> Interval:
+    """Of one machine: its processes, what is offloaded, and one full model at loading or gathering for a save."""
+    if is_cpu(setup.accelerator):
+        return device
+    persistent = states(shape, setup)
+    processes = min(setup.accelerators, setup.gpus_per_node)
+    model = count_parameters(shape).total * (2.0 if setup.precision in ("bf16", "fp16") else 4.0)
+    fixed = processes * (2.5 * GB + persistent.host_optimizer)
+    return Interval(value=fixed + model, low=fixed * 0.5, high=1.3 * fixed + 2 * model)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def _fits(accelerator: str | None, device: Interval, reserve_bytes: int, capacity_bytes: int | None) -> FitEstimate:
+    if accelerator is None:
+        return FitEstimate(gpu=None, capacity_bytes=None, fits=None, margin_bytes=None)
+    capacity = capacity_bytes
+    if capacity is None:
+        capacity = _host_memory_bytes() if is_cpu(accelerator) else find_accelerator(accelerator).usable_bytes
+    if capacity is None:
+        return FitEstimate(gpu=accelerator, capacity_bytes=None, fits=None, margin_bytes=None)
+    capacity -= reserve_bytes
+    margin = capacity - round(device.value)
+    return FitEstimate(gpu=accelerator, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin)
+
+
+def _with_host(fit: FitEstimate, memory: MemoryEstimate, request: RunRequest) -> FitEstimate:
+    if request.host_memory_bytes is None:
+        return fit
+    margin = request.host_memory_bytes - round(memory.peak_host_bytes.value)
+    fits = fit.fits if margin >= 0 else False
+    return dataclasses.replace(fit, fits=fits, host_margin_bytes=margin)
+
+
+def refuse_what_does_not_fit(estimate: Estimate) -> None:
+    """Raises DoesNotFitError with the numbers; nothing where it fits or the capacity is unknown."""
+    fit = estimate.fits
+    if fit.fits is not False:
+        return
+    if fit.host_margin_bytes is not None and fit.host_margin_bytes < 0:
+        raise DoesNotFitError(
+            f"host memory: a machine needs {estimate.memory.peak_host_bytes.value / GIB:.1f} GiB, "
+            f"{-fit.host_margin_bytes / GIB:.1f} GiB more than it has"
+        )
+    assert fit.margin_bytes is not None and fit.capacity_bytes is not None
+    raise DoesNotFitError(
+        f"memory: a device needs {estimate.memory.peak_device_bytes.value / GIB:.1f} GiB and {fit.gpu} has "
+        f"{fit.capacity_bytes / GIB:.1f} GiB for it, {-fit.margin_bytes / GIB:.1f} GiB too little"
+    )
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEstimate, ...]:
+    """Every accelerator whose memory is known, smallest first, by the formula."""
+    found = []
+    by_workspace: dict[bool, Interval] = {}
+    for accelerator in accelerators().values():
+        if accelerator.usable_bytes is None:
+            continue
+        large = accelerator.large_workspace
+        if large not in by_workspace:
+            there = dataclasses.replace(setup, accelerator=accelerator.name)
+            peak = peak_phase(memory_phases(shape, there))
+            by_workspace[large] = _device(there, _reserved(there, _formula_interval(shape, there, peak)))
+        found.append(_fits(accelerator.name, by_workspace[large], reserve_bytes, None))
+    return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
+
+
+# --- time and checkpoint ----------------------------------------------------------------------------------------------
+
+
+def _time(shape: ModelShape, setup: Setup, calibration: Calibration | None) -> TimeEstimate | None:
+    work = step_work(shape, setup)
+    if calibration is not None:
+        from estimator.calibration import apply_time
+
+        fitted = apply_time(calibration, work, setup)
+        if fitted is not None:
+            return _time_estimate(setup, work, fitted.step_seconds, fitted.parts, "measured")
+    if setup.accelerator is None or is_cpu(setup.accelerator):
+        return None
+    parts = formula_seconds(work, setup, find_accelerator(setup.accelerator))
+    if parts is None:
+        return None
+    total = sum(part.amount for part in parts)
+    width = FORMULA_RELATIVE_ERROR
+    seconds = Interval(value=total, low=total / (1 + width), high=total * (1 + width))
+    return _time_estimate(setup, work, seconds, parts, "formula")
+
+
+def _time_estimate(
+    setup: Setup, work: StepWork, seconds: Interval, parts: tuple[Part, ...], method: str
+) -> TimeEstimate:
+    tokens = seconds.inverse(setup.tokens_per_step)
+    peak = None
+    if setup.accelerator is not None and not is_cpu(setup.accelerator):
+        peak = find_accelerator(setup.accelerator).matrix_flops(setup.precision)
+    return TimeEstimate(
+        step_seconds=seconds,
+        tokens_per_second=tokens,
+        tokens_per_second_per_gpu=tokens.scaled(1 / setup.accelerators),
+        model_flops_per_step=work.model_flops,
+        mfu=None if peak is None else seconds.inverse(work.model_flops / (peak * setup.accelerators)),
+        parts=parts,
+        method=method,
+    )
+
+
+def _checkpoint(
+    shape: ModelShape, setup: Setup, calibration: Calibration | None, request: RunRequest
+) -> CheckpointEstimate:
+    by_formula = checkpoint_estimate(shape, setup, kept=request.kept_checkpoints)
+    if calibration is None:
+        return by_formula
+    from estimator.calibration import apply_checkpoint
+
+    fitted = apply_checkpoint(calibration, by_formula.model_bytes, by_formula.optimizer_bytes)
+    if fitted is None:
+        return by_formula
+    total = round(fitted.bytes.value)
+    return CheckpointEstimate(
+        bytes=total,
+        model_bytes=fitted.model_bytes,
+        optimizer_bytes=fitted.optimizer_bytes,
+        run_disk_bytes=round(by_formula.run_disk_bytes * total / by_formula.bytes),
+    )
+
+
+# --- what the reader should know --------------------------------------------------------------------------------------
+
+
+def _notes(
+    shape: ModelShape,
+    setup: Setup,
+    request: RunRequest,
+    time: TimeEstimate | None,
+    calibration: Calibration | None,
+) -> tuple[str, ...]:
+    notes = []
+    if shape.inferred:
+        notes.append(
+            f"shape inferred from the count: {shape.layers} layers of {shape.hidden}, {shape.vocab:,} vocabulary, Llama-like; "
+            "write --model for a known one"
+        )
+    notes.append(
+        f"assumes {setup.framework}, {setup.precision}, {setup.optimizer}, {setup.attention} attention, "
+        f"checkpointing {setup.checkpointing}, {setup.loss} loss, "
+        + ("no evaluation" if setup.eval_batch is None else f"evaluation at batch {setup.eval_batch}")
+    )
+    if setup.accelerator is None:
+        notes.append("no accelerator given: no time or cost; write --gpu NAME")
+    elif time is None:
+        what = "a CPU has no datasheet rate" if is_cpu(setup.accelerator) else f"no rate of {setup.accelerator} for {setup.precision} is known"
+        notes.append(f"no time: {what}; measure with `vramcalc profile` and `vramcalc fit`")
+    if request.tokens(setup.seq) is None:
+        notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")
+    if calibration is not None:
+        from estimator.calibration import caveats
+
+        notes += caveats(calibration, setup, count_parameters(shape).total)
+    return tuple(notes)

@@ -1,0 +1,209 @@
+"""Bytes that stay through a step: parameters, gradients and optimizer states, by method, precision, quantization and sharding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from estimator.errors import InputError
+from estimator.setup import Setup
+from estimator.shape import (
+    ModelShape,
+    ParameterCount,
+    attention_parameters,
+    count_parameters,
+    lora_parameters,
+    mlp_parameters,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Bytes of one element, by role."""
+
+    weight: float
+    """As stored, outside quantized matrices."""
+    compute: float
+    """What matrix products read and write."""
+    stream: float
+    """The residual stream between the layers."""
+    trained: float
+    """Trained parameters and their gradients (adapters are fp32 in peft)."""
+    autocast: bool
+    """Matrix products run under autocast."""
+    casts_weights: bool
+    """Autocast has wider weights to cast, and the casts live in the graph."""
+
+
+def widths(setup: Setup) -> Widths:
+    """Element sizes that the precision implies. Quantized bases compute in the half precision that autocast names."""
+    half = setup.precision in ("bf16", "fp16")
+    mixed = setup.precision.endswith("-mixed")
+    weight = 2.0 if half else 4.0
+    compute = 2.0 if half or mixed else 4.0
+    adapters = setup.method in ("lora", "dora", "qlora")
+    trained = 4.0 if adapters else weight
+    return Widths(
+        weight=weight,
+        compute=compute,
+        stream=weight,
+        trained=trained,
+        autocast=mixed or setup.autocast is not None,
+        casts_weights=mixed,
+    )
+
+
+# Bytes of one weight in a quantized matrix: the codes, and one absmax (or scale and zero) a group.
+# nf4: bitsandbytes, blocks of 64 with an fp32 absmax; -dq: 8-bit absmax, fp32 again for 256 blocks. int8: one fp32
+# statistic a row (left out: under 0.1%). GPTQ: groups of 128 with an fp16 scale and a packed zero.
+QUANTIZED_BYTES = {
+    "nf4": 0.5 + 4 / 64,
+    "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "int8": 1.0,
+    "gptq-int4": 0.5 + (2 + 0.5) / 128,
+    "gptq-int8": 1.0 + (2 + 1) / 128,
+}
+# Moments that an optimizer keeps for each trained parameter. AdamW's have the parameter's own width; 8-bit ones carry
+# an fp32 absmax a block of 256 (bitsandbytes). Adafactor's rows and columns are left out (under 1%).
+_MOMENTS = {
+    "adamw": 2, "adamw-fused": 2, "adamw-8bit": 2, "adamw-8bit-paged": 2, "adamw-paged": 2, "adafactor": 0, "sgd": 0,
+}  # fmt: skip
+_EIGHT_BIT_WIDTH = 1 + 4 / 256
+
+
+def trainable_parameters(shape: ModelShape, setup: Setup) -> int:
+    """Parameters that get gradients, by method."""
+    total = count_parameters(shape).total
+    if setup.method == "full":
+        return total
+    if setup.method == "freeze":
+        assert setup.trainable_layers is not None
+        if setup.trainable_layers > shape.layers:
+            raise InputError(
+                f"trainable_layers: {setup.trainable_layers} is more than the {shape.layers} layers of {shape.name}"
+            )
+        return setup.trainable_layers * layer_parameters(shape)
+    assert setup.lora_rank is not None
+    return lora_parameters(shape, setup.lora_rank, setup.lora_targets, dora=setup.method == "dora")
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Parameters of the largest layer."""
+    norm = shape.norms_per_layer * shape.hidden * (2 if shape.norm_bias else 1)
+    mlp = mlp_parameters(shape, shape.plain_ffn) if shape.plain_layers else 0
+    if shape.moe_layers:
+        experts = (shape.experts + shape.shared_experts) * mlp_parameters(shape, shape.ffn)
+        mlp = max(mlp, experts + shape.hidden * shape.experts)
+    return attention_parameters(shape) + norm + mlp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How many ways each kind of state is divided over the devices."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathers: bool
+    """Sharded parameters are gathered layer by layer (ZeRO-3, FSDP)."""
+
+
+def placement(setup: Setup) -> Placement:
+    """Divisors of data-parallel sharding (tensor, pipeline and expert parallelism divide the counts before)."""
+    shards = setup.shard_size or setup.data_ranks * setup.context_parallel
+    kind = setup.sharding or "none"
+    return Placement(
+        parameters=shards if kind in ("zero3", "fsdp") else 1,
+        gradients=shards if kind in ("zero2", "zero3", "fsdp") else 1,
+        optimizer=shards if kind in ("zero1", "zero2", "zero3", "fsdp") else 1,
+        gathers=kind in ("zero3", "fsdp") and shards > 1,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """Bytes per device of what persists, and sizes that the phases need. All counts are of one device's share of the
+    model (tensor, pipeline and expert parallelism applied), data-parallel sharding applied only to the bytes."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    host_optimizer: float
+    """Optimizer states (and, offloaded, parameters) that live in host memory."""
+    trainable: float
+    """Trained parameters of this device's model share."""
+    total: float
+    linear: float
+    """Parameters in the layers' matrices on this device."""
+    largest_layer: float
+    embedding: float
+    """Of the embedding on this device (and as many in an untied head)."""
+    quantized: float
+    """Parameters held in quantized matrices."""
+    gradient_width: float
+
+
+def model_divisors(setup: Setup) -> tuple[int, int]:
+    """(dense, experts): how many ways model parallelism divides the parameters of a layer."""
+    dense = setup.tensor_parallel * setup.pipeline_parallel
+    return dense, dense * setup.expert_parallel
+
+
+def states(shape: ModelShape, setup: Setup) -> States:
+    """What persists through a step, per device (``setup`` resolved)."""
+    count = count_parameters(shape)
+    dense, expert = model_divisors(setup)
+    size = widths(setup)
+    place = placement(setup)
+    total = (count.total - count.experts) / dense + count.experts / expert
+    # The stage that holds an embedding is the fullest: its table is divided by the tensor-parallel ranks only.
+    tables = (count.embedding + count.head) / setup.tensor_parallel / (1 if setup.pipeline_parallel == 1 else 2)
+    if setup.pipeline_parallel > 1:
+        layered = (count.layered - count.experts) / dense + count.experts / expert
+        total = layered + tables
+    trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
+    quantized = (count.attention + count.mlp + count.experts) / dense if setup.base_quantization else 0.0
+    parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
+    gradients = trainable * size.trained / place.gradients
+    optimizer = trainable * optimizer_bytes_per_parameter(setup, size) / place.optimizer
+    host = 0.0
+    if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
+        # Paged states are unified memory outside torch's allocator; ZeRO-Offload keeps fp32 master weights as well.
+        host, optimizer = optimizer, 0.0
+        if setup.offload and size.trained == 2:
+            host += trainable * 12.0 / place.optimizer
+    if setup.offload == "optimizer+parameters":
+        host += parameters
+        parameters = 0.0
+    return States(
+        parameters=parameters,
+        gradients=0.0 if setup.optimizer_in_backward else gradients,
+        optimizer=optimizer,
+        host_optimizer=host,
+        trainable=trainable,
+        total=total,
+        linear=count.linear / dense if not count.experts else (count.linear - count.experts) / dense + count.experts / expert,
+        largest_layer=layer_parameters(shape) / (setup.tensor_parallel * (setup.expert_parallel if shape.experts else 1)),
+        embedding=shape.vocab * shape.hidden / setup.tensor_parallel,
+        quantized=quantized,
+        gradient_width=size.trained,
+    )
+
+
+def optimizer_bytes_per_parameter(setup: Setup, size: Widths) -> float:
+    """Bytes of optimizer state for one trained parameter."""
+    optimizer = setup.optimizer or "adamw"
+    width = _EIGHT_BIT_WIDTH if "8bit" in optimizer else size.trained
+    return _MOMENTS[optimizer] * width
+
+
+def _parameter_bytes(
+    setup: Setup, size: Widths, count: ParameterCount, total: float, trainable: float, quantized: float
+) -> float:
+    if setup.method in ("full", "freeze"):
+        return total * size.weight
+    if not setup.base_quantization:
+        return total * size.weight + trainable * size.trained
+    # peft's prepare_model_for_kbit_training keeps what is not quantized in fp32 (embeddings, norms, head).
+    rest = total - quantized
+    rest_width = 4.0 if setup.base_quantization.startswith("nf4") and setup.framework == "hf-trainer" else 2.0
+    return quantized * QUANTIZED_BYTES[setup.base_quantization] + rest * rest_width + trainable * size.trained

@@ -1,0 +1,287 @@
+"""An estimate, measured runs and comparisons on a terminal: 60 columns are enough, and a pipe gets plain text.
+
+``vramcalc estimate`` must answer at once, so it writes aligned lines through rich's ``Console`` and ``Text`` alone;
+rich's tables, which take longer to load, serve the other two.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from estimator.measured import MeasuredRun
+from estimator.result import Estimate, FitEstimate, MemoryEstimate, NaiveEstimate, RunEstimate, TimeEstimate
+from estimator.setup import Setup
+from estimator.units import Interval
+from reports import scale
+from reports.comparison import Comparison
+from reports.runs import printable, setting_text, varied_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_METHODS = {
+    "formula": "closed formula, nothing was run",
+    "dry-run": "dry run of the real model code on fake tensors",
+    "measured": "formula with coefficients fitted to measured runs",
+}
+
+
+def print_estimate(console: Console, estimate: Estimate) -> None:
+    """The whole estimate, section by section."""
+    page = _Page(console)
+    _print_what(page, estimate)
+    _print_memory(page, estimate.memory)
+    _print_fits(page, estimate.fits, estimate.fits_on)
+    if estimate.time is not None:
+        _print_time(page, estimate.time)
+    _print_disk(page, estimate)
+    if estimate.run is not None:
+        _print_run(page, estimate.run, estimate.setup)
+    _print_naive(page, estimate.naive, estimate)
+    if estimate.notes:
+        page.heading("Assumed")
+        for note in estimate.notes:
+            page.paragraph(note, bullet="- ")
+
+
+class _Page:
+    """Lines of a report: headings, aligned rows of label and columns, wrapped paragraphs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.width = max(40, min(console.width, 100))
+        self._first = True
+
+    def line(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        # Lines are laid out here: rich must neither wrap nor cut them, nor read brackets in names as markup.
+        self._console.print(Text(printable(text.rstrip()), style=style), no_wrap=True, overflow="ignore", crop=False)
+
+    def heading(self, text: str, aside: str = "") -> None:
+        if not self._first:
+            self.line("")
+        self._first = False
+        for number, line in enumerate(textwrap.wrap(f"{text} ({aside})" if aside else text, self.width)):
+            self.line(line if number == 0 else "  " + line, "bold")
+
+    def row(self, label: str, value: str, aside: str = "", style: str = "") -> None:
+        """``  label      value  aside``: values end in one column; an aside that does not fit goes below."""
+        start = f"  {label:<13} {value:>15}"
+        if not aside:
+            self.line(start, style)
+        elif len(start) + 2 + len(aside) <= self.width:
+            self.line(f"{start}  {aside}", style)
+        else:
+            self.line(start, style)
+            self.paragraph(aside, indent=" " * 6)
+
+    def interval(self, label: str, interval: Interval, unit: str, note: str = "", style: str = "") -> None:
+        bounds = scale.bounds_text(interval, unit)
+        aside = "; ".join(text for text in (bounds, note) if text)
+        self.row(label, scale.value_text(interval.value, unit), aside, style)
+
+    def paragraph(self, text: str, *, indent: str = "  ", bullet: str = "") -> None:
+        first, rest = indent + bullet, indent + " " * len(bullet)
+        for line in textwrap.wrap(text, self.width, initial_indent=first, subsequent_indent=rest):
+            self.line(line)
+
+    def bar(self, fraction: float, width: int) -> str:
+        glyph = "\u2588" if self._console.encoding.lower().startswith("utf") else "#"
+        return glyph * round(fraction * width)
+
+
+def describe_setup(setup: Setup) -> str:
+    """One line that says what a step is: "bf16-mixed, adamw-fused, 1 x 8,192 tokens a device, on 8 x h100-sxm-80gb"."""
+    parts = [setup.precision + (f" under {setup.autocast} autocast" if setup.autocast else "")]
+    if setup.optimizer:
+        parts.append(setup.optimizer)
+    if setup.checkpointing != "none":
+        parts.append(f"{setup.checkpointing} checkpointing")
+    if setup.sharding not in (None, "none"):
+        parts.append(str(setup.sharding))
+    if setup.offload:
+        parts.append(f"{setup.offload} offloaded")
+    accumulated = f" x {setup.accumulation} micro-batches" if setup.accumulation > 1 else ""
+    parts.append(f"batch {setup.batch} x {setup.seq:,} tokens{accumulated}{' a device' * (setup.accelerators > 1)}")
+    where = setup.accelerator or ("an accelerator" if setup.accelerators == 1 else "accelerators")
+    parts.append(f"on {where}" if setup.accelerators == 1 else f"on {setup.accelerators:,} x {where}")
+    return ", ".join(parts)
+
+
+def describe_method(setup: Setup) -> str:
+    """What is trained: "full fine-tune", "LoRA of rank 16 over nf4"."""
+    if setup.method == "full":
+        return "full fine-tune"
+    if setup.method == "freeze":
+        return f"fine-tune of the last {setup.trainable_layers} layers"
+    names = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
+    base = f" over {setup.base_quantization}" if setup.base_quantization else ""
+    return f"{names[setup.method]} of rank {setup.lora_rank}{base}"
+
+
+def _print_what(page: _Page, estimate: Estimate) -> None:
+    model, setup = estimate.model, estimate.setup
+    trained = ""
+    if model.trainable_parameters != model.parameters:
+        trained = f" ({scale.count_text(model.trainable_parameters)} trained)"
+    page.heading(f"{model.name}: {describe_method(setup)}")
+    inferred = ", shape inferred from the count" if model.inferred else ""
+    page.paragraph(f"{scale.count_text(model.parameters)} parameters{trained}{inferred}; {describe_setup(setup)}")
+
+
+def _print_memory(page: _Page, memory: MemoryEstimate) -> None:
+    total = memory.peak_allocated_bytes.value
+    page.heading("Memory by part", f"at the peak, in {memory.phase}")
+    for part in sorted(memory.parts, key=lambda part: -part.amount):
+        share = part.amount / total if total else 0.0
+        bar = page.bar(share, page.width - 42)
+        # A share that would read "0.0 GiB" is written in its own unit.
+        like = total if share >= 0.001 else None
+        page.row(part.name, scale.memory_text(part.amount, like=like), f"{share:4.0%} {bar}")
+    page.row("together", scale.memory_text(total, like=total))
+    page.heading("Peak memory of a device", "with 90% intervals")
+    page.interval("allocated", memory.peak_allocated_bytes, "bytes")
+    page.interval("reserved", memory.peak_reserved_bytes, "bytes")
+    page.interval("device", memory.peak_device_bytes, "bytes", "must fit", "bold")
+    page.interval("host", memory.peak_host_bytes, "bytes")
+    page.paragraph(f"From: {_METHODS.get(memory.method, memory.method)}.")
+
+
+def _print_fits(page: _Page, fit: FitEstimate, fits_on: Sequence[FitEstimate]) -> None:
+    if fit.fits is None and not fits_on:
+        return
+    page.heading("Does it fit?")
+    if fit.fits is not None and fit.margin_bytes is not None and fit.capacity_bytes is not None:
+        margin = scale.memory_text(abs(fit.margin_bytes))
+        verdict = f"yes, {margin} to spare" if fit.fits else f"NO, {margin} too much"
+        capacity = scale.memory_text(fit.capacity_bytes)
+        line = f"  {fit.gpu or 'device'}: {verdict} ({capacity} usable)"
+        page.line(line, "bold green" if fit.fits else "bold red")
+    elif fit.gpu:
+        page.paragraph(f"The memory of {fit.gpu} is not known.")
+    if fits_on:
+        fitting = [other.gpu for other in fits_on if other.fits and other.gpu]
+        if fitting:
+            more = f" and {len(fitting) - 6} more" if len(fitting) > 6 else ""
+            page.paragraph(f"Fits on {len(fitting)} of {len(fits_on)} known: {', '.join(fitting[:6])}{more}.")
+        else:
+            page.paragraph(f"Fits on none of {len(fits_on)} known accelerators.")
+
+
+def _print_time(page: _Page, time: TimeEstimate) -> None:
+    page.heading("Speed", "with 90% intervals")
+    page.interval("step", time.step_seconds, "seconds")
+    page.interval("throughput", time.tokens_per_second, "tokens/s")
+    if time.tokens_per_second_per_gpu != time.tokens_per_second:
+        page.interval("each device", time.tokens_per_second_per_gpu, "tokens/s")
+    if time.mfu is not None:
+        page.interval("MFU", time.mfu, "fraction")
+    page.row("model FLOPs", scale.flops_text(time.model_flops_per_step), "a step")
+    page.paragraph(f"From: {_METHODS.get(time.method, time.method)}.")
+
+
+def _print_disk(page: _Page, estimate: Estimate) -> None:
+    checkpoint = estimate.checkpoint
+    page.heading("Disk")
+    model, optimizer = scale.disk_text(checkpoint.model_bytes), scale.disk_text(checkpoint.optimizer_bytes)
+    page.row("a checkpoint", scale.disk_text(checkpoint.bytes), f"model {model}, optimizer {optimizer}")
+    page.row("the run", scale.disk_text(checkpoint.run_disk_bytes), "at its most")
+
+
+def _print_run(page: _Page, run: RunEstimate, setup: Setup) -> None:
+    epochs = f", {scale.digits(run.epochs)} epochs" if run.epochs != 1 else ""
+    page.heading("The whole run", "with 90% intervals")
+    page.row("steps", f"{run.steps:,}", f"{scale.count_text(run.tokens)} tokens{epochs}")
+    page.interval("duration", run.hours, "hours")
+    if setup.accelerators > 1:
+        hours = run.gpu_hours
+        page.row("GPU-hours", scale.digits(hours.value), f"{scale.digits(hours.low)} to {scale.digits(hours.high)}")
+    if run.cost_usd is not None:
+        price = ""
+        if run.price_usd_per_gpu_hour is not None:
+            price = f"at {scale.dollars_text(run.price_usd_per_gpu_hour)} an hour"
+            price += f", {run.price_source}" if run.price_source else ""
+        page.interval("cost", run.cost_usd, "usd", price)
+    if run.energy_kwh is not None:
+        page.interval("energy", run.energy_kwh, "kwh")
+
+
+def _print_naive(page: _Page, naive: NaiveEstimate, estimate: Estimate) -> None:
+    page.heading("The straight proportion", "how not to do it")
+    right = scale.memory_text(estimate.memory.peak_device_bytes.value)
+    page.row("memory", scale.memory_text(naive.vram_bytes), f"instead of {right}")
+    if naive.years is not None:
+        instead = ""
+        if estimate.run is not None:
+            instead = f"instead of {scale.seconds_text(estimate.run.hours.value * 3600)}"
+        page.row("time", scale.seconds_text(naive.years * 365.25 * 86400), instead)
+    base = naive.base
+    described = [str(base[key]) for key in ("model", "source") if base.get(key)]
+    if described:
+        page.paragraph(f"Scaled from {', '.join(described)}.")
+    page.paragraph(naive.reason)
+
+
+def print_runs(console: Console, runs: Iterable[MeasuredRun]) -> None:
+    """A table of measured runs: what was run, peaks, step time, checkpoint, or why there is none."""
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = list(runs)
+    varied = varied_settings(runs)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1), collapse_padding=True)
+    table.add_column("model", overflow="fold", min_width=5)
+    for name in varied:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for name in ("batch", "seq", "allocated", "device", "step", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    failures: list[str] = []
+    for run in runs:
+        setup = run.setup
+        start = [setup.model, *(setting_text(getattr(setup, name)) for name in varied)]
+        start += [str(setup.batch), f"{setup.seq:,}"]
+        if run.outcome == "ok":
+            rest = [
+                _optional(run.peak_allocated_bytes, "bytes"),
+                _optional(run.peak_device_bytes, "bytes"),
+                _optional(run.step_seconds, "seconds"),
+                _optional(run.checkpoint_bytes, "disk_bytes"),
+            ]
+        else:
+            rest = [run.outcome, "", "", ""]
+            failures.append(
+                f"{setup.model}, batch {setup.batch} x {setup.seq:,}: {run.outcome}: {run.reason or 'no reason given'}"
+            )
+        table.add_row(*(Text(printable(value)) for value in start + rest))
+    console.print(table)
+    page = _Page(console)
+    for failure in failures:
+        page.paragraph(failure, indent="", bullet="- ")
+
+
+def print_comparison(console: Console, rows: Iterable[Comparison]) -> None:
+    """Predicted against measured, with the error and whether the 90% interval held."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("quantity", overflow="fold")
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("in interval", justify="right")
+    for row in rows:
+        table.add_row(
+            Text(printable(row.quantity)),
+            _optional(row.predicted, row.unit),
+            _optional(row.measured, row.unit),
+            "-" if row.error is None else scale.percent_text(row.error, sign=True),
+            {True: "yes", False: "no", None: "-"}[row.within],
+        )
+    console.print(table)
+
+
+def _optional(value: float | None, unit: str) -> str:
+    return "-" if value is None else scale.value_text(value, unit)

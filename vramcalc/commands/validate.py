@@ -1,0 +1,48 @@
+"""``vramcalc validate``: predicts every row of a table of measured runs and scores the predictions."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def validate(
+    table: Annotated[
+        Path, typer.Argument(metavar="TABLE", help="Measured runs: .csv, .parquet, or a directory of `profile`.")
+    ],
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Laws to use; without it the formulas alone, whatever is saved."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the document vramcalc/validate/1.")] = False,
+) -> None:
+    """Predict every row of a table of measured runs, and score the predictions."""
+    from estimator.calibration_file import read_calibration
+    from estimator.estimate import estimate
+    from estimator.validation import unreadable_row
+    from estimator.validation import validate as score_rows
+    from profiler.stated import unstated_sizes
+    from profiler.store import read_table
+
+    laws = read_calibration(calibration) if calibration is not None else None
+    runs, skipped = read_table(table)
+    validation = score_rows(
+        runs,
+        functools.partial(estimate, calibration=laws),
+        unstated=unstated_sizes(table),
+        unreadable=[unreadable_row(skip.run, "", skip.reason) for skip in skipped],
+    )
+    if json_output:
+        from reports.document import render_json
+        from reports.validation import validation_document
+
+        typer.echo(render_json(validation_document(validation)), nl=False)
+    else:
+        from rich.console import Console
+
+        from reports.validation import print_validation
+
+        print_validation(Console(highlight=False), validation)

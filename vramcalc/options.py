@@ -1,0 +1,127 @@
+"""Every setting of a setup as a flag, generated from ``estimator.setup.Setup``: one value, or lists for a grid."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from estimator.errors import InputError
+from estimator.setup import Setup, setting_types
+from estimator.units import parse_count
+
+# What people type, besides the column's own name.
+_SHORT = {"accelerator": "--gpu", "accelerators": "--gpus", "base_quantization": "--quantization"}
+_PANEL = "The setup"
+
+
+def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command that takes ``setup: Setup`` a flag for each setting, ``--params`` and ``--config``."""
+    return _with_flags(command, "setup", lambda values, config: _one(values, config))
+
+
+def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command that takes ``setups: tuple[Setup, ...]`` the same flags, each a comma-separated list."""
+    return _with_flags(command, "setups", lambda values, config: _grid(values, config))
+
+
+def _with_flags(
+    command: Callable[..., Any], name: str, build: Callable[[dict[str, str], Path | None], Any]
+) -> Callable[..., Any]:
+    own = inspect.signature(command, eval_str=True)
+    lists = name == "setups"
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> Any:
+        values = {spec.name: given.pop(spec.name) for spec in fields(Setup)}
+        params, config = given.pop("params"), given.pop("config")
+        if params is not None:
+            if values["model"] is not None:
+                raise InputError("params: give --params or --model, not both")
+            for count in _split("params", params) if lists else [params]:
+                parse_count(count, "params")
+            values["model"] = params
+        return command(**{name: build({k: str(v) for k, v in values.items() if v is not None}, config)}, **given)
+
+    added = [
+        _option("params", str | None, "--params", help="Parameters, for a model known by its size alone: 8e9, 70B."),
+        *(_flag(spec, lists=lists) for spec in fields(Setup)),
+        _option("config", Path | None, "--config", help="A TOML file of settings; flags override it."),
+    ]
+    kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != name]
+    wrapper.__signature__ = own.replace(parameters=[*added[:2], *kept, *added[2:]])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {}
+    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _flag(spec: Any, *, lists: bool) -> inspect.Parameter:
+    flag = "--" + spec.name.replace("_", "-")
+    names = [_SHORT[spec.name], flag] if spec.name in _SHORT else [flag]
+    kind, choices = setting_types()[spec.name], spec.metadata["choices"]
+    text = spec.metadata["help"]
+    if choices and len(choices) <= 8:
+        text = f"{text.rstrip('.')}: {', '.join(choices)}."
+    default = spec.default
+    if isinstance(default, str | int | float) and not isinstance(default, bool):
+        text += f" Default {default}."
+    if kind is bool and not lists:
+        opposite = "--pad" if spec.name == "pack" else "--no-" + spec.name.replace("_", "-")
+        return _option(spec.name, bool | None, f"{names[0]}/{opposite}", help=text)
+    metavar = {int: "N", float: "X", bool: "true|false"}.get(kind, "NAME") + (",..." if lists else "")
+    return _option(spec.name, str | None, *names, help=text, metavar=metavar)
+
+
+def _option(name: str, kind: Any, *flags: str, help: str, metavar: str | None = None) -> inspect.Parameter:  # noqa: A002
+    option = typer.Option(None, *flags, help=help, metavar=metavar, rich_help_panel=_PANEL, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _one(values: Mapping[str, str], config: Path | None) -> Setup:
+    return Setup.from_mapping({**_read_config(config), **values})
+
+
+def _grid(values: Mapping[str, str], config: Path | None) -> tuple[Setup, ...]:
+    """Every combination; settings vary from right to left, as nested loops in the order of declaration."""
+    merged = {**_read_config(config), **values}
+    axes: dict[str, list[Any]] = {}
+    for spec in fields(Setup):
+        if spec.name in merged:
+            value = merged.pop(spec.name)
+            axes[spec.name] = value if isinstance(value, list) else _split(spec.name, str(value))
+    if merged:
+        Setup.from_mapping(merged)  # names the setting that does not exist
+    if not axes.get("model"):
+        raise InputError("model: write --model NAME[,NAME...] or --params N[,N...]")
+    combinations = itertools.product(*axes.values())
+    return tuple(Setup.from_mapping(dict(zip(axes, point, strict=True))) for point in combinations)
+
+
+def _split(name: str, text: str) -> list[str]:
+    if name == "lora_targets":
+        return [part.strip() for part in text.split(";")]  # a list of module names is one value
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"{name}: {text!r} has an empty item; write values with single commas between them")
+    return parts
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    """The settings of a TOML file; dashes and underscores mean the same."""
+    if path is None:
+        return {}
+    import tomllib
+
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config: cannot read {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"config: {path} is not TOML: {error}") from None
+    return {name.replace("-", "_"): value for name, value in table.items()}
