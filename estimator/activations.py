@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from estimator.hardware import is_cpu
 from estimator.setup import Setup
 from estimator.shape import ModelShape, lora_modules
 from estimator.states import Widths, widths
@@ -21,7 +22,7 @@ class LayerActivations:
     kept: float
     """Saved for backward when the layer is not checkpointed, without attention's S x S matrices."""
     scores: float
-    """Saved attention matrices, per token and per token of context (eager attention only)."""
+    """Saved attention matrices and masks, per token and per token of context."""
     layer_input: float
     """The residual stream that enters the layer: what full checkpointing saves instead."""
     transient: float
@@ -46,8 +47,16 @@ class LogitBytes:
     """Bytes (not per token) of head gradients that a fused-linear loss holds from the forward pass on."""
 
 
-def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool) -> LayerActivations:
-    """What one layer keeps. ``moe`` chooses the feed-forward of a mixture of experts."""
+def builds_mask(setup: Setup) -> bool:
+    """Whether SDPA is given an explicit mask: where the memory-efficient kernel is named, and in the published torch-loop
+    (transformers 4.57 takes a single sequence without a mask for a packed one)."""
+    if setup.attention != "sdpa" or is_cpu(setup.accelerator):
+        return False
+    return setup.attention_kernel == "efficient" or (setup.framework == "torch-loop" and setup.attention_kernel is None)
+
+
+def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: bool = False) -> LayerActivations:
+    """What one layer keeps. ``moe`` chooses the feed-forward of a mixture of experts; ``masked`` see ``builds_mask``."""
     size = widths(setup)
     tensor = setup.tensor_parallel
     h = float(shape.hidden)
@@ -76,6 +85,11 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool) -> LayerAct
             attention += c * 2 * (q - kv)
     else:
         attention += 4 * heads  # log-sum-exp
+        if masked:
+            # An explicit mask sends SDPA to the memory-efficient kernel, with k and v repeated for every query head and
+            # the mask, cast to the compute type, kept by every layer.
+            attention += c * 2 * (q - kv)
+            scores = c
 
     mlp, mlp_transient = _feed_forward(shape, setup, size, moe=moe)
     kept = norms + attention + mlp

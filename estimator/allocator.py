@@ -32,13 +32,12 @@ from estimator.allocator_blocks import (
     Reservation,
     Segment,
     SimulatedDevice,
+    block_pieces,
     round_size,
     segment_size,
 )
 from estimator.allocator_expandable import ExpandableSegments, grown_size
 from estimator.units import GIB
-
-_STATE_CODES = {name: code for code, name in STATE_NAMES.items()}
 
 
 class OutOfMemoryError(RuntimeError):
@@ -218,9 +217,8 @@ class CachingAllocator:
     ) -> None:
         """Fills an empty allocator with the segments of a snapshot; its peaks start from there.
 
-        The expandable ranges of one stream and pool become one expandable segment, which starts at the lowest of them
-        or where ``reservation_starts`` says for (stream, small). A ``device`` isn't asked for that memory: one that
-        counts has to know of it.
+        The expandable ranges of one stream and pool become one expandable segment (more if they don't share a grid of
+        pages), which starts at the lowest of them or where ``reservation_starts`` says for (stream, small).
         """
         assert not self._blocks, "only an empty allocator can take over a snapshot"
         ranges: dict[tuple[int, bool], list[Segment]] = {}
@@ -229,23 +227,19 @@ class CachingAllocator:
             if segment.expandable:
                 ranges.setdefault((segment.stream, segment.small), []).append(segment)
             else:
-                self._chain(self._pool(segment.small, segment.stream), None, _pieces(segment))
+                self._chain(self._pool(segment.small, segment.stream), None, block_pieces(segment))
         for (stream, small), mapped in ranges.items():
             self._first_fits = False
             start = (reservation_starts or {}).get((stream, small), mapped[0].address)
-            position, end = start, start + self._expandable.reservation_bytes(small)
-            end = max(end, mapped[-1].address + mapped[-1].size_bytes)
-            pieces = []
-            for segment in mapped:
-                pieces.append((position, segment.address - position, UNMAPPED))
-                pieces.extend(_pieces(segment))
-                position = segment.address + segment.size_bytes
-            pieces.append((position, end - position, UNMAPPED))
-            self._chain(self._pool(small, stream), self._expandable.reservation_at(small, start), pieces)
+            for reservation, pieces in self._expandable.reservations(small, start, mapped):
+                self._chain(self._pool(small, stream), reservation, pieces)
         self.reset_peaks()
 
     def _chain(self, pool: Pool, reservation: Reservation | None, pieces: list[tuple[int, int, int]]) -> None:
         previous: LinkedBlock | None = None
+        start, end = pieces[0][0], pieces[-1][0] + pieces[-1][1]
+        used = [(address, size) for address, size, state in pieces if state != UNMAPPED]
+        self._device.adopt(start, end - start, sum(used[-1]) - start, sum(size for _, size in used))
         for address, size, state in pieces:
             if not size:
                 continue
@@ -373,10 +367,6 @@ class CachingAllocator:
                 released += block.size
                 self._release(block)
         return released >= wanted
-
-
-def _pieces(segment: Segment) -> list[tuple[int, int, int]]:
-    return [(block.address, block.size_bytes, _STATE_CODES[block.state]) for block in segment.blocks]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ STATE_NAMES: dict[int, BlockState] = {
     ALLOCATED: "active_allocated",
     AWAITING: "active_awaiting_free",
 }
+_STATE_CODES = {name: code for code, name in STATE_NAMES.items()}
 
 
 def round_size(requested_bytes: int, divisions: Sequence[int] = ()) -> int:
@@ -78,8 +79,16 @@ class Segment:
     """In the order of addresses, without gaps."""
 
 
+def block_pieces(segment: Segment) -> list[tuple[int, int, int]]:
+    """(address, size, state code) of each block."""
+    return [(block.address, block.size_bytes, _STATE_CODES[block.state]) for block in segment.blocks]
+
+
 class Device(Protocol):
     """What the allocator asks of the driver."""
+
+    def adopt(self, address: int, size_bytes: int, extent_bytes: int, used_bytes: int) -> None:
+        """The allocator took over addresses had before, backed up to an extent, with so much memory in all."""
 
     def allocate(self, size_bytes: int, stream: int) -> int | None:
         """The address of a new segment, or None when the device is full."""
@@ -89,6 +98,9 @@ class Device(Protocol):
 
     def reserve(self, size_bytes: int, stream: int) -> int:
         """The address of a range of virtual addresses, for an expandable segment."""
+
+    def unreserve(self, address: int, size_bytes: int) -> None:
+        """Such a range, with no memory behind it, is given up."""
 
     def map(self, address: int, size_bytes: int) -> bool:
         """Backs a part of such a range by memory; False when the device is full."""
@@ -105,6 +117,10 @@ class SimulatedDevice:
         self._used_bytes = 0
         self._next_address = 0x7000_0000_0000
 
+    def adopt(self, address: int, size_bytes: int, extent_bytes: int, used_bytes: int) -> None:
+        self._used_bytes += used_bytes
+        self._next_address = max(self._next_address, address + size_bytes)
+
     def allocate(self, size_bytes: int, stream: int) -> int | None:
         return self.reserve(size_bytes, stream) if self.map(self._next_address, size_bytes) else None
 
@@ -115,6 +131,9 @@ class SimulatedDevice:
         address = self._next_address
         self._next_address += size_bytes
         return address
+
+    def unreserve(self, address: int, size_bytes: int) -> None:
+        """Addresses are never used twice."""
 
     def map(self, address: int, size_bytes: int) -> bool:
         if self._capacity_bytes is not None and self._used_bytes + size_bytes > self._capacity_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from estimator.allocator_blocks import (
     FREE,
@@ -16,6 +16,8 @@ from estimator.allocator_blocks import (
     LinkedBlock,
     Pool,
     Reservation,
+    Segment,
+    block_pieces,
 )
 
 _UNBOUNDED_PAGES = 2**20
@@ -59,18 +61,39 @@ class ExpandableSegments:
         self._table.uncache(block)
         return block
 
-    def reservation_bytes(self, small: bool) -> int:
-        """The virtual addresses of one segment: 9/8 of the device, as PyTorch reserves.
+    def reservations(
+        self, small: bool, start: int, mapped: Sequence[Segment]
+    ) -> Iterator[tuple[Reservation, list[tuple[int, int, int]]]]:
+        """The expandable segments that ``mapped`` (one pool's, by address) are parts of; the lowest begins at ``start``.
 
-        Without a bound: far more than any request, as the unmapped end must be for the best fit.
+        Each with (address, size, state) of its blocks and of what is unmapped between and above them.
         """
-        page = _page_bytes(small)
+        reservation, parts = Reservation(start, page_bytes(small)), list[Segment]()
+        for segment in mapped:
+            if reservation.page_ceil(segment.address) != segment.address:
+                yield reservation, self._pieces(reservation, small, parts)
+                reservation, parts = Reservation(segment.address, page_bytes(small)), []
+            parts.append(segment)
+        yield reservation, self._pieces(reservation, small, parts)
+
+    def _pieces(self, reservation: Reservation, small: bool, parts: Sequence[Segment]) -> list[tuple[int, int, int]]:
+        pieces: list[tuple[int, int, int]] = []
+        position = reservation.start
+        for segment in parts:
+            pieces.append((position, segment.address - position, UNMAPPED))
+            pieces.extend(block_pieces(segment))
+            position = segment.address + segment.size_bytes
+        end = reservation.start + self._reservation_bytes(small)
+        pieces.append((position, max(end - position, 0), UNMAPPED))
+        return pieces
+
+    def _reservation_bytes(self, small: bool) -> int:
+        # 9/8 of the device, as PyTorch reserves. Without a bound: far more than any request, so that the unmapped end
+        # is never the best fit.
+        page = page_bytes(small)
         if self._capacity_bytes is None:
             return page * _UNBOUNDED_PAGES
         return -(-(self._capacity_bytes * 9 // 8) // page) * page
-
-    def reservation_at(self, small: bool, start: int) -> Reservation:
-        return Reservation(start, _page_bytes(small))
 
     def unmap(self, block: LinkedBlock, reservation: Reservation) -> None:
         """Gives back the whole pages inside a cached block; a segment without any page is given up."""
@@ -111,6 +134,7 @@ class ExpandableSegments:
         if block.previous is None and block.next is None:
             pool.unmapped.remove(block.address)
             del table.by_address[block.address]
+            self._device.unreserve(block.address, block.size)
 
     def _lowest_with_room(self, pool: Pool, size: int) -> LinkedBlock:
         blocks = self._table.by_address
@@ -125,8 +149,9 @@ class ExpandableSegments:
                 block = block.next
             if room >= size:
                 return first
-        reserved = self.reservation_bytes(pool.small)
-        reservation = self.reservation_at(pool.small, self._device.reserve(reserved, pool.stream))
+        # A request beyond 9/8 of the device fails when it is mapped.
+        reserved = max(self._reservation_bytes(pool.small), -(-size // page_bytes(pool.small)) * page_bytes(pool.small))
+        reservation = Reservation(self._device.reserve(reserved, pool.stream), page_bytes(pool.small))
         new = LinkedBlock(reservation.start, reserved, UNMAPPED, pool, reservation)
         blocks[new.address] = new
         insort(pool.unmapped, new.address)
@@ -149,5 +174,6 @@ class ExpandableSegments:
         return self._table.cache(block)
 
 
-def _page_bytes(small: bool) -> int:
+def page_bytes(small: bool) -> int:
+    """The unit in which a pool's expandable segments are mapped."""
     return SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES

@@ -63,7 +63,7 @@ def replay(trace: Trace) -> ReplayResult:
 class _RecordedDevice:
     """Answers as the recorded device did: with its addresses, and full where the trace shows memory given back."""
 
-    def __init__(self, initial: Sequence[Segment]) -> None:
+    def __init__(self) -> None:
         self.queue: list[Event] = []
         """What the trace says of segments between the last request and the next event."""
         self.out_of_memory = False
@@ -71,8 +71,12 @@ class _RecordedDevice:
         self.matched = 0
         self.released: list[int] = []
         self._next_address = _INVENTED_ADDRESS
-        self._held = [segment.address for segment in initial]
-        self._ends = {segment.address: segment.address + segment.size_bytes for segment in initial}
+        # Segments, and expandable segments as far as they were ever mapped and one byte more: there they go on.
+        self._held: list[int] = []
+        self._ends: dict[int, int] = {}
+
+    def adopt(self, address: int, size_bytes: int, extent_bytes: int, used_bytes: int) -> None:
+        self._hold(address, extent_bytes + (extent_bytes < size_bytes))
 
     def allocate(self, size_bytes: int, stream: int) -> int | None:
         if self._is_full():
@@ -95,9 +99,15 @@ class _RecordedDevice:
 
     def reserve(self, size_bytes: int, stream: int) -> int:
         for event in self.queue:
-            if event.action == "segment_map" and not self._holds(event.address, event.size):
+            if event.action == "segment_map" and not self._holds(event.address, event.size + 1):
+                self._hold(event.address, 1)
                 return event.address
-        return self._invent(size_bytes)
+        address = self._invent(size_bytes)
+        self._hold(address, 1)
+        return address
+
+    def unreserve(self, address: int, size_bytes: int) -> None:
+        self._held.remove(address)
 
     def map(self, address: int, size_bytes: int) -> bool:
         if self._is_full():
@@ -106,6 +116,12 @@ class _RecordedDevice:
         if self.queue and self.queue[0][:3] == ("segment_map", size_bytes, address):
             self.matched += 1
             del self.queue[0]
+        index = bisect_right(self._held, address) - 1
+        end = address + size_bytes
+        if index + 1 < len(self._held) and self._held[index + 1] <= end:
+            raise InputError(f"events: an expandable segment grows into another at address {self._held[index + 1]}")
+        start = self._held[index]
+        self._ends[start] = max(self._ends[start], end + 1)
         return True
 
     def unmap(self, address: int, size_bytes: int) -> None:
@@ -141,7 +157,7 @@ class _Replay:
         self._suspects = sorted(suspects)
         self._ends = {segment.address: segment.address + segment.size_bytes for segment in initial}
         self._reserved_at_start = sum(segment.size_bytes for segment in initial)
-        self._device = _RecordedDevice([segment for segment in initial if not segment.expandable])
+        self._device = _RecordedDevice()
         self._allocator = CachingAllocator(
             capacity_bytes=device_bytes(trace, initial),
             expandable_segments=trace.expandable_segments,

@@ -16,6 +16,7 @@ from estimator.allocator_blocks import (
     Segment,
     round_size,
 )
+from estimator.allocator_expandable import page_bytes
 from estimator.allocator_trace import BLOCK_ACTIONS, Trace, touched_segments
 from estimator.errors import InputError
 
@@ -84,7 +85,8 @@ def reservation_starts(trace: Trace, initial: Sequence[Segment]) -> dict[tuple[i
         if not mapped.get(key):
             continue
         if event.action == "segment_map":
-            starts[key] = min(starts[key], event.address)
+            if (event.address - starts[key]) % page_bytes(key[1]) == 0:
+                starts[key] = min(starts[key], event.address)
             mapped[key] += event.size
         else:
             mapped[key] -= event.size
@@ -149,7 +151,10 @@ def _mapped_ranges(trace: Trace) -> list[Segment]:
                 joined[-1] = joined[-1][0], high
             else:
                 joined.append((low, high))
-        segments += [_empty_segment(low, high - low, stream, small, expandable=True) for low, high in joined]
+        for low, high in joined:
+            if (high - low) % page_bytes(small):
+                raise InputError(f"events: {high - low} bytes mapped at address {low} are not whole pages")
+            segments.append(_empty_segment(low, high - low, stream, small, expandable=True))
     return segments
 
 

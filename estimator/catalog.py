@@ -146,8 +146,9 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     if not heads:
         raise InputError(f"model {name}: num_attention_heads is 0")
     kv_heads = whole("num_key_value_heads", whole("num_kv_heads", 0)) or whole("multi_query_group_num", 0)
-    if not kv_heads:
-        kv_heads = 1 if config.get("multi_query") else heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        kv_heads = 1  # Falcon's configs name as many kv heads as heads beside it
+    kv_heads = kv_heads or heads
     positions = int(_families()[family]["positions"])
     if positions:
         learned = whole("n_positions", whole("max_position_embeddings", positions))

@@ -24,7 +24,7 @@ from estimator.memory import memory_phases
 from estimator.memory_law import MemoryForm, MemorySample, phase_groups
 from estimator.setup import Setup
 from estimator.shape import ModelShape, count_parameters
-from estimator.time_law import TimeForm, TimeSample
+from estimator.time_law import TimeForm, TimeSample, doubt_of_median
 
 DRAWS = 200
 """Bootstrap refits: enough for the 5th and 95th percentile, and half a second of work."""
@@ -220,7 +220,8 @@ def _fit_time(
             dropped.append(Dropped(run=seen.run.run, quantity=TimeForm.quantity, reason=reason))
         else:
             terms = time_terms(step_work(seen.shape, seen.setup), compute_type(seen.setup))
-            samples.append(TimeSample(**seen.common(seen.run.step_seconds), terms=terms))
+            doubt = doubt_of_median(seen.run.step_seconds_spread, seen.run.timed_steps)
+            samples.append(TimeSample(**seen.common(seen.run.step_seconds), terms=terms, doubt=doubt))
     types = sorted({compute_type(seen.setup) for seen in observations})
     types = [kind for kind in types if any(f"matmul_flops[{kind}]" in sample.terms for sample in samples)]
     return _fit_or_drop(TimeForm(types, cpu=cpu), samples, dropped, draws, seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from estimator.activations import head_input_bytes, layer_activations, logit_bytes
+from estimator.activations import builds_mask, head_input_bytes, layer_activations, logit_bytes
 from estimator.hardware import is_cpu, workspace_bytes
 from estimator.result import Part
 from estimator.setup import Setup
@@ -99,6 +99,11 @@ class _Ledger:
         layer = layer_activations(self.shape, self.setup, moe=moe)
         context = self.setup.seq
         kept = self.tokens * (layer.kept + layer.scores * context)
+        if builds_mask(self.setup):
+            # The mask is of one sequence; more sequences in the batch go without, but never below that.
+            masked = layer_activations(self.shape, self.setup, moe=moe, masked=True)
+            one = self.tokens / self.setup.batch * (masked.kept + masked.scores * context)
+            kept = max(kept, one * (self.setup.batch if self.setup.attention_kernel else 1))
         transient = self.tokens * (layer.transient + layer.transient_scores * context)
         return kept, self.tokens * layer.layer_input, transient
 

@@ -8,6 +8,7 @@ rate of the matrix products, which the runs know best.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ class TimeSample(Sample):
 
     terms: Mapping[str, float]
     """As ``estimator.calibration.time_terms`` gives them."""
+    doubt: float = 0.0
+    """Relative standard error of the measured median, from the spread of its steps."""
+
+
+def doubt_of_median(spread: float | None, steps: int | None) -> float:
+    """The relative standard error of a median over ``steps``, whose 5th and 95th percentile lie ``2 spread`` apart.
+
+    As if the steps were normally distributed: their deviation is ``spread / 1.645``, the median's 1.253 / sqrt(n) of it.
+    """
+    return 0.0 if spread is None or not steps else 1.253 * spread / 1.645 / math.sqrt(steps)
 
 
 class TimeForm:
@@ -67,6 +78,8 @@ class TimeForm:
         work = np.array([[sample.terms.get(name, 0.0) for name in names] for sample in samples])
         measured = np.array([sample.measured for sample in samples])
         logs = np.log(measured)
+        # A run whose steps scattered, on a machine that others use, counts for less than one whose steps agreed.
+        noise_of_each = np.hypot(noise, np.array([sample.doubt for sample in samples]))
         flops = work[:, : len(FLOP_TERMS) * len(self.types)].sum(axis=1)
         rate = float(np.log(np.median(measured / flops)))
         prior, centre = self._priors(rate)
@@ -74,12 +87,12 @@ class TimeForm:
             centre = centre + [chance.gauss() for _ in centre]
 
         def residuals(x: Array) -> Array:
-            return np.concatenate([soft_l1((np.log(work @ np.exp(x)) - logs) / noise), prior @ x - centre])
+            return np.concatenate([soft_l1((np.log(work @ np.exp(x)) - logs) / noise_of_each), prior @ x - centre])
 
         def jacobian(x: Array) -> Array:
             shares = work * np.exp(x)
             total = shares.sum(axis=1)
-            slope = soft_l1_slope((np.log(total) - logs) / noise) / (total * noise)
+            slope = soft_l1_slope((np.log(total) - logs) / noise_of_each) / (total * noise_of_each)
             return np.concatenate([shares * slope[:, None], prior])
 
         start = np.linalg.lstsq(prior, centre, rcond=None)[0]

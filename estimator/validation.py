@@ -10,6 +10,7 @@ from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.score import QUANTITIES, Comparison, FitsTable, Score, count_fits, score, source_name
 from estimator.setup import Setup
+from estimator.units import Interval
 
 SKIP_REASONS = {
     "unreadable row": "a value is outside the documented ones, or the setup contradicts itself",
@@ -26,6 +27,10 @@ UNPREDICTED_REASONS = {
     "no rate known": "the catalog has no rate of this accelerator for the precision",
 }
 """Why a row that is predicted otherwise has no prediction of one quantity."""
+
+CHECKPOINT_WIDTH = 0.005
+"""Relative half-width of the interval that a checkpoint is judged by. An estimate states its bytes without one: tensors
+are counted exactly, and only the files' headers and the trainer's own small files are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +144,6 @@ def _answer(
 def _judge(run: MeasuredRun, estimate: Estimate) -> tuple[JudgedRun, list[Skip]]:
     """The row, and the quantities that it states but the estimate does not answer."""
     memory, time, checkpoint = estimate.memory, estimate.time, estimate.checkpoint
-    bytes_ = float(checkpoint.bytes)
     predicted = {
         "peak_allocated": (memory.peak_allocated_bytes, run.peak_allocated_bytes),
         "peak_reserved": (memory.peak_reserved_bytes, run.peak_reserved_bytes),
@@ -149,8 +153,12 @@ def _judge(run: MeasuredRun, estimate: Estimate) -> tuple[JudgedRun, list[Skip]]
             time.tokens_per_second_per_gpu if time else None,
             run.tokens_per_second_per_accelerator,
         ),
+        "checkpoint": (
+            Interval.within(float(checkpoint.bytes), below=CHECKPOINT_WIDTH, above=CHECKPOINT_WIDTH),
+            run.checkpoint_bytes,
+        ),
     }
-    assert set(predicted) | {"checkpoint"} == set(QUANTITIES)
+    assert set(predicted) == set(QUANTITIES)
     quantities, missing = [], []
     for name, (interval, measured) in predicted.items():
         if not measured or run.outcome != "ok":
@@ -160,9 +168,6 @@ def _judge(run: MeasuredRun, estimate: Estimate) -> tuple[JudgedRun, list[Skip]]
             continue
         judged = Comparison(predicted=interval.value, low=interval.low, high=interval.high, measured=float(measured))
         quantities.append((name, judged))
-    if run.checkpoint_bytes and run.outcome == "ok":
-        judged = Comparison(predicted=bytes_, low=bytes_, high=bytes_, measured=float(run.checkpoint_bytes))
-        quantities.append(("checkpoint", judged))
     row = JudgedRun(
         run=run.run,
         source=run.source,

@@ -183,6 +183,7 @@ def _run(request: _Request, connection: Connection[_Reply, _Request]) -> _Reply:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             os.close(reader)
             connection.close()
@@ -190,10 +191,13 @@ def _run(request: _Request, connection: Connection[_Reply, _Request]) -> _Reply:
             answer = pickle.dumps(_answer(request))
             with os.fdopen(writer, "wb") as pipe:
                 pipe.write(answer)
+            code = 0
+        except BaseException:
+            traceback.print_exc()  # into the log, of which the server reads the end
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)  # no destructors of a process that was measured and is done
+            os._exit(code)  # no destructors of a process that was measured and is done
     os.close(writer)
     answer, in_time = _read_until(reader, deadline)
     os.close(reader)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.catalog import resolve_model
 from estimator.compute import step_work
 from estimator.errors import InputError
+from estimator.hardware import CPU, find_accelerator, is_cpu
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
 from harness.samples import find_source
@@ -64,7 +65,7 @@ def local_setup(setup: Setup, device: LocalDevice) -> Setup:
     """The setup as this device runs it, every default written out. Raises InputError for what no step here executes."""
     from estimator.build import check_buildable
 
-    if setup.accelerator is not None and setup.accelerator.lower() != device.name.lower():
+    if setup.accelerator is not None and _canonical(setup.accelerator) != device.name:
         raise InputError(
             f"accelerator: {setup.accelerator} is not what this machine has ({device.name}); leave out --gpu"
         )
@@ -78,6 +79,10 @@ def local_setup(setup: Setup, device: LocalDevice) -> Setup:
     resolved = replace(setup, accelerator=device.name).resolved()
     check_buildable(resolved)
     return resolved
+
+
+def _canonical(accelerator: str) -> str:
+    return CPU if is_cpu(accelerator) else find_accelerator(accelerator).name
 
 
 def run_key(setup: Setup, procedure: Procedure, device: LocalDevice) -> str:
@@ -152,7 +157,6 @@ def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: 
     from estimator.build import build_model
     from harness.data import load_tokens
 
-    meter = _meter(device)
     sequences = setup.batch * setup.accumulation * procedure.steps
     tokens = load_tokens(
         procedure.data,
@@ -162,6 +166,7 @@ def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: 
         sequences=sequences,
         cache=procedure.cache,
     )
+    meter = _meter(device)
     model = build_model(setup)
     parameters, trainable = _count(model)
     watch = _Watch(meter, device, procedure)

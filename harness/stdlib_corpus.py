@@ -131,8 +131,8 @@ def _from_node(node: ast.AST, name: str, *, inside_class: bool) -> Iterator[Entr
 
 def _from_module(module: types.ModuleType) -> Iterator[Entry]:
     for name, member in sorted(vars(module).items()):
-        if name.startswith("_"):
-            continue
+        if name.startswith("_") or name.endswith("hook"):
+            continue  # hooks are there to be replaced by whoever runs this, and with them their docstrings
         if inspect.isclass(member):
             yield from _from_object(f"{module.__name__}.{name}", "class", member)
             for method_name, method in sorted(vars(member).items()):

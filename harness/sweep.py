@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from estimator.catalog import resolve_model
+from estimator.compute import step_work
 from estimator.errors import InputError, MissingError
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
 from estimator.units import MIB
 from harness.fork_server import CallEndedError, ForkServer, Limits
-from harness.point import Procedure, local_setup, check_points, run_key, run_point, unfinished_run
+from harness.point import Procedure, check_points, local_setup, run_key, run_point, unfinished_run
 from profiler.device import LocalDevice, host_memory
 from profiler.store import RunStore
 
 _SCRATCH = ".scratch-"
 LOGS = "logs"
+START_SECONDS = 0.4
+"""Of a point on the CPU beyond its training: fork, build, the Trainer, the checkpoint's fixed part (0.3 to 0.5 s measured)."""
 _MEMORY_MARGIN_BYTES = 256 * MIB
 _MEMORY_MARGIN = 0.03
 
@@ -153,12 +157,12 @@ def run_sweep(
     *,
     steps: int,
     on_progress: Callable[[SweepProgress], None] = lambda progress: None,
-    predict_seconds: Callable[[Setup], float] | None = None,
+    predict_seconds: Callable[[Setup], float | None] = lambda setup: None,
 ) -> tuple[MeasuredRun, ...]:
     """Runs what is not measured yet and returns the row of every point, in the order of ``points``.
 
-    ``steps`` are those of one point, and ``predict_seconds`` gives the seconds of one step, for the time left; without
-    it, the mean of the points so far. Kill it at any moment: what had ended is in the store. The log of a point that is
+    For the time left, ``steps`` are those of one point and ``predict_seconds`` gives the seconds of one step; where it
+    gives ``None`` for some, points are weighed by their FLOPs once one has ended. Kill it at any moment: what had ended is in the store. The log of a point that is
     not ``ok`` stays in ``logs/``.
     """
     _remove_scratch(store.directory)
@@ -195,25 +199,28 @@ class _Forecast:
     """How long the remaining points take: predicted, and corrected by how the ended ones compared."""
 
     def __init__(
-        self, points: Sequence[PlannedPoint], steps: int, predict_seconds: Callable[[Setup], float] | None
+        self, points: Sequence[PlannedPoint], steps: int, predict_seconds: Callable[[Setup], float | None]
     ) -> None:
-        self._predicted: list[float] | None = None
-        if predict_seconds is not None:
-            self._predicted = [predict_seconds(point.setup) * steps for point in points]
-        self._count = len(points)
-        self._ended: list[tuple[int, float]] = []
+        seconds = [predict_seconds(point.setup) for point in points]
+        self._in_seconds = None not in seconds
+        self._work = [step * steps for step in seconds if step is not None]
+        if not self._in_seconds:
+            self._work = [
+                step_work(resolve_model(point.setup.model), point.setup).model_flops * steps for point in points
+            ]
+        self._ended_work, self._ended_seconds = 0.0, 0.0
 
     def ended(self, position: int, seconds: float) -> None:
-        self._ended.append((position, seconds))
+        self._ended_work += self._work[position]
+        self._ended_seconds += max(seconds - START_SECONDS, 0.0)
 
     def seconds_left(self, position: int) -> float | None:
         """For the points from ``position`` on."""
-        taken = sum(seconds for _, seconds in self._ended)
-        if self._predicted is None:
-            return taken / len(self._ended) * (self._count - position) if self._ended else None
-        left = sum(self._predicted[position:])
-        expected = sum(self._predicted[ended] for ended, _ in self._ended)
-        return left * taken / expected if expected else left
+        left = self._work[position:]
+        if not self._ended_work and not self._in_seconds:
+            return None
+        pace = self._ended_seconds / self._ended_work if self._ended_work else 1.0
+        return len(left) * START_SECONDS + pace * sum(left)
 
 
 @contextlib.contextmanager

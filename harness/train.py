@@ -17,7 +17,7 @@ from harness.child_errors import explain_error
 from harness.data import load_tokens
 from harness.forecast import forecast, refuse_what_does_not_fit
 from harness.meters import memory_meter
-from harness.plan import Schedule, TrainPlan, claim_identity, run_identity, schedule
+from harness.plan import TrainPlan, claim_identity, run_identity, schedule
 from harness.run_directory import MODEL_DIRECTORY, RESULT_FILE, run_directory
 from harness.tokenizer import text_tokenizer
 from harness.train_outcome import Measured, Run, outcome
@@ -28,6 +28,7 @@ from profiler.device import LocalDevice, local_device
 from profiler.memory import MemoryMeter
 
 if TYPE_CHECKING:
+    from estimator.calibration import Calibration
     from harness.fine_tune_trainer import FineTuneTrainer
 
 TRACED_STEPS = 2
@@ -56,7 +57,8 @@ def train(
     *,
     on_estimate: Callable[[Estimate], None] = lambda _: None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
-    predict: Callable[[TrainPlan, Schedule], Estimate] = forecast,
+    calibration: Calibration | None = None,
+    calibration_name: str | None = None,
 ) -> TrainResult:
     """Trains ``plan`` to its end, from its last complete checkpoint if there is one; a finished run is only read.
 
@@ -82,10 +84,10 @@ def train(
             seed=plan.seed,
         )
         steps = schedule(plan, data)
-        predicted = predict(plan, steps)
+        predicted = forecast(plan, steps, device, calibration=calibration, calibration_name=calibration_name)
         on_estimate(predicted)
         if not plan.force:
-            refuse_what_does_not_fit(predicted, device, plan.out)
+            refuse_what_does_not_fit(predicted, plan.out)
         known = claim_identity(plan.out, run_identity(plan, steps, data))
         if known and (plan.out / RESULT_FILE).exists():
             return read_result(plan.out / RESULT_FILE)

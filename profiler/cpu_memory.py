@@ -64,12 +64,15 @@ class CpuMemoryMeter(MemoryMeter):
       none of which is given back in training;
     - buffers that kernels take from elsewhere (oneDNN's scratch, OpenMP stacks); these are in the other two figures.
 
-    Reserved: ``mallinfo2`` of glibc (2.33 or later), all arenas and mapped blocks, the interpreter's own included; read at
-    each phase's beginning, since glibc keeps no peak. Device: the kernel's own peak of the resident set. Both are of
-    the steps after ``end_tracing``: the profiler's records would be in them.
+    Reserved: what malloc holds of the system, free memory included, less what was in use when this meter was made: the
+    interpreter and the libraries, 200 MB that no model has to do with. Make it right before the model. It is read at each
+    phase's beginning, since glibc keeps no peak. Device: the kernel's own peak of the resident set, everything included.
+    Both are of the steps after ``end_tracing``: the profiler's records would be in them.
     """
 
     def __init__(self) -> None:
+        held = allocator_state()
+        self._used_before_bytes = held.used_bytes if held else 0
         self._profile: torch.profiler.profile | None = None
         self._baseline_bytes = 0
         self._phases: tuple[PhasePeak, ...] = ()
@@ -90,9 +93,9 @@ class CpuMemoryMeter(MemoryMeter):
             with torch.profiler.record_function(_MARK + phase):
                 pass
             return
-        reserved = allocator_bytes()
-        if reserved is not None:
-            self._reserved_bytes = max(self._reserved_bytes or 0, reserved)
+        held = allocator_state()
+        if held is not None:
+            self._reserved_bytes = max(self._reserved_bytes or 0, held.held_bytes - self._used_before_bytes)
 
     def end_tracing(self) -> None:
         assert self._profile is not None, "start comes first"
@@ -144,8 +147,17 @@ class _MallInfo(ctypes.Structure):
     ]  # fmt: skip
 
 
-def allocator_bytes() -> int | None:
-    """What malloc holds of the system, used or not, or ``None`` where the C library does not say (musl, macOS)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorState:
+    """malloc's memory, all arenas and mapped blocks together."""
+
+    held_bytes: int
+    """Taken from the system, in use or not."""
+    used_bytes: int
+
+
+def allocator_state() -> AllocatorState | None:
+    """From glibc's ``mallinfo2`` (2.33 or later); ``None`` where the C library does not say (musl, macOS)."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -154,7 +166,7 @@ def allocator_bytes() -> int | None:
         return None
     mallinfo2.restype = _MallInfo
     info = mallinfo2()
-    return int(info.arena + info.hblkhd)
+    return AllocatorState(held_bytes=info.arena + info.hblkhd, used_bytes=info.uordblks + info.hblkhd)
 
 
 def _trim() -> None:

@@ -8,8 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from estimator.catalog import read_data
-from estimator.units import GIB
+from estimator.hardware import accelerators
 from profiler.nvml import NvmlGpu, first_gpu
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -60,20 +59,19 @@ def catalog_name(vendor_name: str, capacity_bytes: int) -> str:
     """
     words = _words(vendor_name)
     best, best_words = vendor_name, 0
-    for row in read_data("accelerators.csv"):
-        named = _words(row["accelerator"]) - {word for word in _words(row["accelerator"]) if word.endswith("GB")}
-        memory_bytes = float(row["usable_gib"] or 0) * GIB or float(row["mem_gb"]) * 1e9
-        fits = abs(capacity_bytes / memory_bytes - 1) < 0.1
+    for accelerator in accelerators().values():
+        memory_bytes = accelerator.usable_bytes or accelerator.marketing_bytes
+        named = {word for word in _words(accelerator.name) if not word.endswith("GB")}
+        fits = memory_bytes is not None and abs(capacity_bytes / memory_bytes - 1) < 0.1
         if named <= words and fits and len(named) > best_words:
-            best, best_words = row["accelerator"], len(named)
+            best, best_words = accelerator.name, len(named)
     return best
 
 
 def _words(name: str) -> set[str]:
-    words = set()
-    for word in re.split(r"[^A-Z0-9]+", name.upper()):
-        words.add("SXM" if word.startswith("SXM") else word)
-    return words
+    words = {"SXM" if word.startswith("SXM") else word for word in re.split(r"[^A-Z0-9]+", name.upper())}
+    # The driver calls the SXM form "NVIDIA H100 80GB HBM3", and names the form only of the others.
+    return words | {"SXM"} if "HBM3" in words and not words & {"PCIE", "NVL"} else words
 
 
 def _torch_has_cuda() -> bool:

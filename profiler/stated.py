@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from profiler.store import _read_rows, _table_file
+from profiler.store import _read_rows, table_of
 
 _SIZES = ("seq", "batch")
 
@@ -15,7 +15,7 @@ def unstated_sizes(path: Path) -> dict[str, tuple[str, ...]]:
     Raises as ``profiler.store.read_table``.
     """
     found = {}
-    for row in _read_rows(_table_file(path)):
+    for row in _read_rows(table_of(path)):
         # Parquet's null, CSV's empty text, and the NaN that pandas writes for either.
         missing = tuple(name for name in _SIZES if row.get(name) in (None, "") or row.get(name) != row.get(name))
         if missing:

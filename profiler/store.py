@@ -26,7 +26,7 @@ def read_table(path: Path) -> tuple[list[MeasuredRun], list[Skipped]]:
     for a file that is not such a table at all, and MissingError where Parquet needs pyarrow.
     """
     runs, skipped = [], []
-    for row in _read_rows(_table_file(path)):
+    for row in _read_rows(table_of(path)):
         try:
             runs.append(from_row(row))
         except InputError as error:
@@ -41,7 +41,7 @@ def read_runs(path: Path) -> list[MeasuredRun]:
     if skipped:
         first = skipped[0]
         more = f" (and {len(skipped) - 1} more rows)" if len(skipped) > 1 else ""
-        raise InputError(f"{_table_file(path)}: run {first.run}: {first.reason}{more}")
+        raise InputError(f"{table_of(path)}: run {first.run}: {first.reason}{more}")
     return runs
 
 
@@ -138,7 +138,8 @@ def _lock(directory: Path) -> IO[str]:
     return lock
 
 
-def _table_file(path: Path) -> Path:
+def table_of(path: Path) -> Path:
+    """The table that ``path`` means: of a directory, its ``measured_runs.parquet``."""
     return path / TABLE if path.is_dir() else path
 
 
@@ -184,22 +185,25 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(file: Path) -> list[dict[str, Any]]:
     pyarrow, parquet = _arrow()
-    try:
-        return list(parquet.read_table(file).to_pylist())
-    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
-        raise InputError(f"table: {file} is not a Parquet table: {_first_line(error)}") from None
-    except OSError as error:
-        if error.errno is None:  # Arrow's own, for a file that ends too early
-            raise InputError(f"table: {file} is not a Parquet table: {_first_line(error)}") from None
-        raise
+    with file.open("rb") as stream:
+        try:
+            return list(parquet.read_table(stream).to_pylist())
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise _not_parquet(file, error) from None
 
 
 def _parquet_columns(file: Path) -> list[str]:
     pyarrow, parquet = _arrow()
-    try:
-        return list(parquet.read_schema(file).names)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"table: {file} is not a Parquet table: {_first_line(error)}") from None
+    with file.open("rb") as stream:
+        try:
+            return list(parquet.read_schema(stream).names)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _not_parquet(file, error) from None
+
+
+def _not_parquet(file: Path, error: Exception) -> InputError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"table: {file} is not a Parquet table: {first_line}")
 
 
 def _csv_bytes(rows: list[dict[str, Any]]) -> bytes:
@@ -228,7 +232,3 @@ def _arrow() -> tuple[Any, Any]:
     except ImportError:
         raise MissingError("table: Parquet needs pyarrow; pip install 'vramcalc-toolkit[store]'") from None
     return pyarrow, pyarrow.parquet
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -62,9 +62,14 @@ def coefficient_text(quantity: str, coefficient: Coefficient) -> tuple[str, str]
     value, low, high = coefficient.value, coefficient.low, coefficient.high
     if quantity == "step_seconds" and coefficient.unit in ("s/FLOP", "s/B") and low > 0:
         rate = scale.flops_text if coefficient.unit == "s/FLOP" else scale.disk_text
-        return f"{rate(1 / value)}/s", f"{rate(1 / high)}/s to {rate(1 / low)}/s"
+        slow, fast = rate(1 / high), rate(1 / low)
+        if slow.rpartition(" ")[2] == fast.rpartition(" ")[2]:
+            slow = slow.rpartition(" ")[0]
+        else:
+            slow += "/s"
+        return f"{rate(1 / value)}/s", f"{slow} to {fast}/s"
     if coefficient.unit == "":
-        return f"x {value:.4g}", f"{low:.4g} to {high:.4g}"
+        return f"x {value:.4f}", f"{low:.4f} to {high:.4f}"
     unit = "seconds" if quantity == "step_seconds" else "bytes"
     # A bound of a trillionth of a byte is nothing, and reads as nothing.
     least = 0.5 if unit == "bytes" else 1e-9

@@ -222,5 +222,10 @@ def _without_size(setup: Setup) -> Setup:
 
 
 def _notes(larger: Sequence[tuple[str, Estimate]]) -> list[str]:
-    notes = [f"{label}: {note}" for label, estimate in larger[-1:] for note in estimate.notes]
-    return list(dict.fromkeys(notes))
+    """What the last and largest assumes. That no amount of data was given is no assumption here: no run is estimated."""
+    return [
+        f"{label}, {estimate.setup.seq:,} tokens: {note}"
+        for label, estimate in larger[-1:]
+        for note in estimate.notes
+        if not note.startswith("no data given")
+    ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from estimator.measured import MeasuredRun
 from estimator.setup import setting_types
+
+if TYPE_CHECKING:
+    from estimator.measured import MeasuredRun
 
 _OWN_COLUMNS = ("model", "batch", "seq")
 

@@ -22,12 +22,17 @@ _LEAST_OF_UNIT = (1, 1, 1, 2, 2, 2, 2)
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """``value`` with this many significant digits, whole digits never dropped: 0.0123, 1.23, 123, 12,345."""
+    """``value`` with this many significant digits, whole digits never dropped: 0.0123, 1.23, 123, 12,345.
+
+    What would not fit a table's column any more is written as 1.23e+16.
+    """
     if value == 0:
         return "0"
-    exponent = int(f"{abs(value):.{significant - 1}e}".split("e")[1])
-    decimals = min(max(0, significant - 1 - exponent), 12)
-    return f"{value:,.{decimals}f}"
+    scientific = f"{value:.{significant - 1}e}"
+    exponent = int(scientific.split("e")[1])
+    if not -6 <= exponent < 15:
+        return scientific
+    return f"{value:,.{max(0, significant - 1 - exponent)}f}"
 
 
 def pick_unit(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
@@ -50,7 +55,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 def _in_unit(value: float, unit: tuple[float, str], significant: int = 3) -> str:
     size, name = unit
-    if name == "B" and float(value).is_integer():
+    if name == "B":  # a fraction of a byte is nothing that anyone could hold
         return f"{value:,.0f} B"
     return f"{digits(value / size, significant)} {name}".rstrip()
 
@@ -121,8 +126,11 @@ def percent_text(fraction: float, *, sign: bool = False) -> str:
     if 0 < size < 0.005 and not sign:
         return "<0.01%"
     decimals = 2 if size < 0.995 else 1 if size < 9.95 else 0
-    text = f"{percent:{'+' if sign else ''},.{decimals}f}%"
-    return "0%" if percent == 0 else text
+    if percent == 0:
+        return "0%"
+    if size < 0.005:
+        return "0.00%"
+    return f"{percent:{'+' if sign else ''},.{decimals}f}%"
 
 
 def value_text(value: float, unit: str) -> str:

@@ -211,7 +211,7 @@ def coefficient_table(calibration: Calibration) -> Table:
 
 def _meaning(quantity: str, coefficient: Coefficient) -> str:
     """The coefficient as people speak of it: a rate rather than seconds for each unit of work."""
-    if coefficient.value == 0:
+    if coefficient.value < (0.5 if coefficient.name == "constant" else 1e-30):
         return "not needed"
     if quantity == "step_seconds":
         name = coefficient.name.partition("[")[0]

@@ -1,7 +1,6 @@
 """An estimate, measured runs and comparisons on a terminal: 60 columns are enough, and a pipe gets plain text.
 
-``vramcalc estimate`` must answer at once, so it writes aligned lines through rich's ``Console`` and ``Text`` alone;
-rich's tables, which take longer to load, serve the other two.
+``vramcalc estimate`` must answer at once, so it writes aligned lines to a ``Screen``; rich's tables serve the other two.
 """
 
 from __future__ import annotations
@@ -10,16 +9,18 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from estimator.measured import MeasuredRun
-from estimator.result import Estimate, FitEstimate, MemoryEstimate, NaiveEstimate, RunEstimate, TimeEstimate
-from estimator.setup import Setup
-from estimator.units import Interval
 from reports import scale
-from reports.comparison import Comparison
 from reports.runs import printable, setting_text, varied_settings
+from reports.screen import Screen
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each dataclass costs time to load, and `estimate` has it measured
     from rich.console import Console
+
+    from estimator.measured import MeasuredRun
+    from estimator.result import Estimate, FitEstimate, MemoryEstimate, NaiveEstimate, RunEstimate, TimeEstimate
+    from estimator.setup import Setup
+    from estimator.units import Interval
+    from reports.comparison import Comparison
 
 _METHODS = {
     "formula": "closed formula, nothing was run",
@@ -28,9 +29,9 @@ _METHODS = {
 }
 
 
-def print_estimate(console: Console, estimate: Estimate) -> None:
+def print_estimate(screen: Screen, estimate: Estimate) -> None:
     """The whole estimate, section by section."""
-    page = _Page(console)
+    page = _Page(screen)
     _print_what(page, estimate)
     _print_memory(page, estimate.memory)
     _print_fits(page, estimate.fits, estimate.fits_on)
@@ -49,16 +50,13 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
 class _Page:
     """Lines of a report: headings, aligned rows of label and columns, wrapped paragraphs."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self.width = max(40, min(console.width, 100))
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self.width = max(40, min(screen.width, 100))
         self._first = True
 
     def line(self, text: str, style: str = "") -> None:
-        from rich.text import Text
-
-        # Lines are laid out here: rich must neither wrap nor cut them, nor read brackets in names as markup.
-        self._console.print(Text(printable(text.rstrip()), style=style), no_wrap=True, overflow="ignore", crop=False)
+        self._screen.line(printable(text.rstrip()), style)
 
     def heading(self, text: str, aside: str = "") -> None:
         if not self._first:
@@ -89,7 +87,7 @@ class _Page:
             self.line(line)
 
     def bar(self, fraction: float, width: int) -> str:
-        glyph = "\u2588" if self._console.encoding.lower().startswith("utf") else "#"
+        glyph = "\u2588" if self._screen.draws_blocks else "#"
         return glyph * round(fraction * width)
 
 
@@ -112,14 +110,14 @@ def describe_setup(setup: Setup) -> str:
 
 
 def describe_method(setup: Setup) -> str:
-    """What is trained: "full fine-tune", "LoRA of rank 16 over nf4"."""
+    """What is done: "Full fine-tune", "LoRA fine-tune (rank 16, nf4)"."""
     if setup.method == "full":
-        return "full fine-tune"
+        return "Full fine-tune"
     if setup.method == "freeze":
-        return f"fine-tune of the last {setup.trainable_layers} layers"
+        return f"Fine-tune of the last {setup.trainable_layers} layers"
     names = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
-    base = f" over {setup.base_quantization}" if setup.base_quantization else ""
-    return f"{names[setup.method]} of rank {setup.lora_rank}{base}"
+    base = f", {setup.base_quantization}" if setup.base_quantization else ""
+    return f"{names[setup.method]} fine-tune (rank {setup.lora_rank}{base})"
 
 
 def _print_what(page: _Page, estimate: Estimate) -> None:
@@ -127,9 +125,11 @@ def _print_what(page: _Page, estimate: Estimate) -> None:
     trained = ""
     if model.trainable_parameters != model.parameters:
         trained = f" ({scale.count_text(model.trainable_parameters)} trained)"
-    page.heading(f"{model.name}: {describe_method(setup)}")
+    count = scale.count_text(model.parameters)
+    name = f"a model of {count}" if model.inferred else model.name
+    page.heading(f"{describe_method(setup)} of {name}")
     inferred = ", shape inferred from the count" if model.inferred else ""
-    page.paragraph(f"{scale.count_text(model.parameters)} parameters{trained}{inferred}; {describe_setup(setup)}")
+    page.paragraph(f"{count} parameters{trained}{inferred}; {describe_setup(setup)}")
 
 
 def _print_memory(page: _Page, memory: MemoryEstimate) -> None:
@@ -222,7 +222,7 @@ def _print_naive(page: _Page, naive: NaiveEstimate, estimate: Estimate) -> None:
     described = [str(base[key]) for key in ("model", "source") if base.get(key)]
     if described:
         page.paragraph(f"Scaled from {', '.join(described)}.")
-    page.paragraph(naive.reason)
+    page.paragraph(f"Why it is wrong: {naive.reason.rstrip('.')}.")
 
 
 def print_runs(console: Console, runs: Iterable[MeasuredRun]) -> None:
@@ -257,7 +257,7 @@ def print_runs(console: Console, runs: Iterable[MeasuredRun]) -> None:
             )
         table.add_row(*(Text(printable(value)) for value in start + rest))
     console.print(table)
-    page = _Page(console)
+    page = _Page(Screen(console.file, width=console.width, colour=console.is_terminal and not console.no_color))
     for failure in failures:
         page.paragraph(failure, indent="", bullet="- ")
 

@@ -82,7 +82,13 @@ def _guard(action: Callable[[], Any]) -> int:
     except MissingError as error:
         return _fail(error, 4)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in {"vramcalc", "reports", "harness", "profiler", "estimator"}:
+        if error.name is None or error.name.split(".")[0] in {
+            "vramcalc",
+            "reports",
+            "harness",
+            "profiler",
+            "estimator",
+        }:
             raise
         return _fail(f"{error.name} is not installed; pip install 'vramcalc-toolkit[all]'", 4)
     except BrokenPipeError:

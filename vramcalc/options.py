@@ -57,7 +57,7 @@ def _with_flags(
     kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != name]
     wrapper.__signature__ = own.replace(parameters=[*added[:2], *kept, *added[2:]])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {}
-    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    del wrapper.__wrapped__
     return wrapper
 
 
@@ -78,7 +78,7 @@ def _flag(spec: Any, *, lists: bool) -> inspect.Parameter:
     return _option(spec.name, str | None, *names, help=text, metavar=metavar)
 
 
-def _option(name: str, kind: Any, *flags: str, help: str, metavar: str | None = None) -> inspect.Parameter:  # noqa: A002
+def _option(name: str, kind: Any, *flags: str, help: str, metavar: str | None = None) -> inspect.Parameter:
     option = typer.Option(None, *flags, help=help, metavar=metavar, rich_help_panel=_PANEL, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 

@@ -37,6 +37,9 @@ class ScatteringDevice(Device):
         self._streams[slot] = stream
         return slot * _SLOT_BYTES
 
+    def unreserve(self, address: int, size_bytes: int) -> None:
+        del self._streams[address // _SLOT_BYTES]
+
     def map(self, address: int, size_bytes: int) -> bool:
         return self._take("segment_map", size_bytes, address)
 

@@ -175,8 +175,9 @@ def test_without_scripts_everything_is_there_but_the_buttons(open_page: Callable
 
 
 def test_print_is_light_and_shows_tables_in_full(open_page: Callable[..., Any]) -> None:
-    page = open_page(color_scheme="dark")
+    page = open_page(color_scheme="dark", viewport={"width": 718, "height": 1000})  # A4 within its margins
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)"
     assert page.locator("#runs .scroll").evaluate("e => getComputedStyle(e).overflowX") == "visible"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
     assert page.locator("button:visible").count() == page.locator("th button:visible").count()

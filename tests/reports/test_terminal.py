@@ -10,6 +10,7 @@ from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.setup import Setup
 from reports.comparison import Comparison
+from reports.screen import Screen
 from reports.terminal import describe_method, print_comparison, print_estimate, print_runs
 
 
@@ -19,6 +20,7 @@ class Terminal:
     def __init__(self, width: int = 80, *, encoding: str = "utf-8", colour: bool = False) -> None:
         self._file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         self.console = Console(file=self._file, width=width, force_terminal=colour, highlight=False)
+        self.screen = Screen(self._file, width=width, colour=colour)
 
     @property
     def text(self) -> str:
@@ -30,28 +32,28 @@ class Terminal:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_the_terminal(estimate: Estimate, runs: list[MeasuredRun], width: int) -> None:
     terminal = Terminal(width)
-    print_estimate(terminal.console, estimate)
+    print_estimate(terminal.screen, estimate)
     print_runs(terminal.console, runs)
     assert max(len(line) for line in terminal.text.splitlines()) <= width
 
 
 def test_a_pipe_gets_no_control_codes(estimate: Estimate) -> None:
     terminal = Terminal()
-    print_estimate(terminal.console, estimate)
+    print_estimate(terminal.screen, estimate)
     assert "\x1b" not in terminal.text
 
 
 def test_an_ascii_terminal_gets_ascii(estimate: Estimate) -> None:
     terminal = Terminal(encoding="ascii")
-    print_estimate(terminal.console, estimate)
+    print_estimate(terminal.screen, estimate)
     assert "####" in terminal.text
 
 
 def test_an_estimate_says_everything_that_was_asked_for(estimate: Estimate) -> None:
     terminal = Terminal(100)
-    print_estimate(terminal.console, estimate)
+    print_estimate(terminal.screen, estimate)
     text = terminal.text
-    assert text.startswith("8e9: full fine-tune\n")
+    assert text.startswith("Full fine-tune of a model of 8B\n")
     assert "8B parameters" in text
     for label in (
         "parameters", "gradients", "optimizer", "activations", "logits", "together", "allocated", "reserved", "device",
@@ -68,7 +70,7 @@ def test_an_estimate_says_everything_that_was_asked_for(estimate: Estimate) -> N
 
 def test_the_parts_shown_add_up_to_the_sum_shown(estimate: Estimate) -> None:
     terminal = Terminal(100)
-    print_estimate(terminal.console, estimate)
+    print_estimate(terminal.screen, estimate)
     lines = [line.split() for line in terminal.text.splitlines()]
     start = next(i for i, line in enumerate(lines) if line[:3] == ["Memory", "by", "part"])
     end = next(i for i, line in enumerate(lines) if line[:1] == ["together"])
@@ -78,16 +80,16 @@ def test_the_parts_shown_add_up_to_the_sum_shown(estimate: Estimate) -> None:
 
 def test_unknown_times_and_runs_are_left_out(estimate: Estimate) -> None:
     terminal = Terminal()
-    print_estimate(terminal.console, dataclasses.replace(estimate, time=None, run=None))
+    print_estimate(terminal.screen, dataclasses.replace(estimate, time=None, run=None))
     assert "Speed" not in terminal.text
     assert "The whole run" not in terminal.text
 
 
 def test_names_are_neither_markup_nor_control_codes(estimate: Estimate) -> None:
-    model = dataclasses.replace(estimate.model, name="[red]a\x1b[2Jb[/red]")
+    model = dataclasses.replace(estimate.model, name="[red]a\x1b[2Jb[/red]", inferred=False)
     terminal = Terminal()
-    print_estimate(terminal.console, dataclasses.replace(estimate, model=model))
-    assert terminal.text.startswith("[red]a?[2Jb[/red]: full fine-tune")
+    print_estimate(terminal.screen, dataclasses.replace(estimate, model=model))
+    assert terminal.text.startswith("Full fine-tune of [red]a?[2Jb[/red]\n")
 
 
 def test_runs_that_did_not_complete_are_listed_with_their_reason(runs: list[MeasuredRun]) -> None:
@@ -122,8 +124,8 @@ def test_a_comparison_shows_error_and_whether_the_interval_held() -> None:
 
 
 def test_methods_are_named_in_words() -> None:
-    assert describe_method(Setup(model="nano", method="qlora", lora_rank=8)) == "QLoRA of rank 8 over nf4"
-    assert describe_method(Setup(model="nano", method="freeze", trainable_layers=2)) == "fine-tune of the last 2 layers"
+    assert describe_method(Setup(model="nano", method="qlora", lora_rank=8)) == "QLoRA fine-tune (rank 8, nf4)"
+    assert describe_method(Setup(model="nano", method="freeze", trainable_layers=2)) == "Fine-tune of the last 2 layers"
 
 
 def test_printing_an_estimate_loads_neither_templates_nor_figures_nor_numbers() -> None:

@@ -4,8 +4,11 @@ from pathlib import Path
 import pytest
 
 from estimator.errors import InputError
+from estimator.units import Interval
+from harness.train_result import PredictedMeasured, TrainResult, write_result
+from harness.training_log import LogEntry, TrainingLog
 from reports.comparison import Comparison
-from reports.training import parse_training, read_training
+from reports.training import RESULT_FILE, parse_training, read_training
 
 
 def line(step: int, kind: str, loss: float) -> str:
@@ -110,3 +113,27 @@ def test_a_log_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "training_log.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_training(tmp_path)
+
+
+def test_what_a_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path, resumed_step=0)
+    for step, kind, loss in ((1, "train", 4.0), (1, "eval", 3.9), (2, "train", 3.0)):
+        log.append(LogEntry(step=step, epoch=float(step), kind=kind, loss=loss, seconds=0.5))
+    log.close()
+    result = TrainResult(
+        setup={}, data="d", samples=1, steps=2, epochs=2.0, tokens=128, device="cpu", first_loss=4.0, final_loss=3.0,
+        final_evaluation_loss=3.9, best_evaluation_loss=3.9, best_epoch=1.0, best_checkpoint="c", last_checkpoint="c",
+        model="m", overfit_epoch=None, training_seconds=1.0, evaluation_seconds=0.5, checkpoint_seconds=None,
+        peak_phase=None,
+        comparisons=(
+            PredictedMeasured(
+                quantity="duration", unit="hours", predicted=Interval(value=2.0, low=1.0, high=3.0), measured=2.5
+            ),
+        ),
+    )  # fmt: skip
+    write_result(tmp_path / RESULT_FILE, result)
+    training = read_training(tmp_path)
+    assert [point.loss for point in training.train] == [4.0, 3.0]
+    assert training.comparisons == (
+        Comparison(quantity="duration", unit="hours", predicted=2.0, low=1.0, high=3.0, measured=2.5),
+    )

@@ -31,7 +31,8 @@ def estimate(
     ] = None,
     keep: Annotated[int, typer.Option("--keep", help="Checkpoints that the run keeps.")] = 2,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Laws of `vramcalc fit`; else those saved for this accelerator.")
+        Path | None,
+        typer.Option("--calibration", help="Laws of `vramcalc fit`; else those saved for this accelerator."),
     ] = None,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="The formulas alone.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 if it does not fit the accelerator.")] = False,
@@ -62,11 +63,10 @@ def estimate(
 
         typer.echo(render_json(estimate_document(result)), nl=False)
     else:
-        from rich.console import Console
-
+        from reports.screen import Screen
         from reports.terminal import print_estimate
 
-        print_estimate(Console(highlight=False), result)
+        print_estimate(Screen(), result)
     if check:
         from estimator.estimate import refuse_what_does_not_fit
 

@@ -29,9 +29,10 @@ def report(
     import datetime
     import functools
 
+    from estimator.calibration import matches
     from estimator.calibration_file import check_writable, read_calibration
-    from estimator.estimate import estimate
     from estimator.errors import InputError
+    from estimator.estimate import estimate
     from estimator.measured import MeasuredRun
     from profiler.files import write_whole
     from profiler.store import read_table
@@ -47,6 +48,12 @@ def report(
         found, unread = read_table(table)
         runs |= {run.run: run for run in found}
         skipped += [(skip.run, skip.reason) for skip in unread]
+    if laws is not None and runs and not any(matches(laws, run.setup.accelerator) for run in runs.values()):
+        measured = ", ".join(sorted({str(run.setup.accelerator) for run in runs.values()}))
+        raise InputError(
+            f"calibration: {calibration} is of {laws.accelerator}, and the tables hold runs of {measured} only; "
+            "write the calibration of one of these, or none"
+        )
     html = render_report(
         list(runs.values()),
         predict=functools.partial(estimate, calibration=laws),

@@ -1,0 +1,71 @@
+"""Setups from outside: what is refused, what is filled in, and that they survive a round trip."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from estimator.errors import InputError
+from estimator.setup import Setup
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"model": "nano", "batch": "0"}, "batch"),
+        ({"model": "nano", "seq": "-5"}, "seq"),
+        ({"model": "nano", "seq": "many"}, "seq"),
+        ({"model": "nano", "seq": "2.5"}, "seq"),
+        ({"model": "nano", "precision": "bf17"}, "precision"),
+        ({"model": "nano", "no_such": "1"}, "no_such"),
+        ({"seq": "5"}, "model"),
+        ({"model": "nano", "method": "full", "lora_rank": "8"}, "lora_rank"),
+        ({"model": "nano", "method": "freeze"}, "trainable_layers"),
+        ({"model": "nano", "accelerators": "6", "tensor_parallel": "4"}, "accelerators"),
+        ({"model": "nano", "accelerators": "8", "data_parallel": "3"}, "data_parallel"),
+        ({"model": "nano", "compile": "perhaps"}, "compile"),
+        ({"model": "nano", "internode_gbps": "0"}, "internode_gbps"),
+        ({"model": "nano", "seq": "1e400"}, "seq"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_starts_with_its_name(values: dict[str, str], names: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Setup.from_mapping(values)
+    assert str(caught.value).startswith(f"{names}:")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_and_numbers_of_a_table_mean_the_same() -> None:
+    text = Setup.from_mapping({"model": "nano", "seq": "128", "compile": "true", "accelerators": "2.0"})
+    numbers = Setup.from_mapping({"model": "nano", "seq": 128, "compile": True, "accelerators": 2})
+    assert text == numbers
+
+
+def test_a_setup_survives_its_own_dictionary() -> None:
+    setup = Setup(model="8e9", method="lora", lora_targets="q_proj v_proj", accelerators=8).resolved()
+    assert Setup.from_mapping(setup.as_dict()) == setup
+
+
+def test_resolving_writes_the_frameworks_defaults_and_keeps_what_is_given() -> None:
+    # transformers 5: TrainingArguments.optim is adamw_torch_fused.
+    assert Setup(model="nano").resolved().optimizer == "adamw-fused"
+    assert Setup(model="nano", framework="torch-loop").resolved().optimizer == "adamw"
+    assert Setup(model="nano", optimizer="sgd").resolved().optimizer == "sgd"
+    resolved = Setup(model="nano", accelerators=8, tensor_parallel=2).resolved()
+    assert (resolved.sharding, resolved.data_parallel) == ("fsdp", 4)
+
+
+def test_the_tokens_of_a_step_count_every_data_parallel_rank() -> None:
+    setup = Setup(model="nano", seq=100, batch=3, accumulation=2, accelerators=8, tensor_parallel=4)
+    assert setup.tokens_per_step == 100 * 3 * 2 * 2
+
+
+def test_adapters_get_a_rank_and_qlora_a_quantization() -> None:
+    setup = Setup(model="nano", method="qlora")
+    assert (setup.lora_rank, setup.base_quantization) == (16, "nf4")
+
+
+def test_every_refused_choice_names_what_to_write_instead() -> None:
+    with pytest.raises(InputError, match=re.escape("one of full, freeze, lora, dora, qlora")):
+        Setup(model="nano", method="galore")
