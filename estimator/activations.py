@@ -63,7 +63,9 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     q, kv, v = (width / tensor for width in (shape.query_width, shape.kv_width, shape.value_width))
     kv = max(kv, shape.head_dim)
     trains = setup.method in ("full", "freeze")
-    norms = _norms(shape, setup, size, trains) / tensor  # sequence parallelism splits them in Megatron and DTensor plans
+    norms = (
+        _norms(shape, setup, size, trains) / tensor
+    )  # sequence parallelism splits them in Megatron and DTensor plans
     s, c = size.stream, size.compute
 
     # Attention: q, k, v after rotation and the output; the output is also what the o projection keeps.

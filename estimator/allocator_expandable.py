@@ -71,7 +71,8 @@ class ExpandableSegments:
         reservation, parts = Reservation(start, page_bytes(small)), list[Segment]()
         for segment in mapped:
             if reservation.page_ceil(segment.address) != segment.address:
-                yield reservation, self._pieces(reservation, small, parts)
+                if parts:
+                    yield reservation, self._pieces(reservation, small, parts)
                 reservation, parts = Reservation(segment.address, page_bytes(small)), []
             parts.append(segment)
         yield reservation, self._pieces(reservation, small, parts)

@@ -16,13 +16,11 @@ from pathlib import Path
 from estimator.allocator import CachingAllocator, OutOfMemoryError
 from estimator.allocator_blocks import Segment
 from estimator.allocator_start import device_bytes, initial_segments, reservation_starts, untouched
-from estimator.allocator_trace import SEGMENT_ACTIONS, Event, Trace, read_trace
+from estimator.allocator_trace import ADDRESS_LIMIT, BLOCK_ACTIONS, SEGMENT_ACTIONS, Event, Trace, read_trace
 from estimator.errors import InputError
 
 _GROWTH = ("segment_alloc", "segment_map")
 _SHRINKING = ("segment_free", "segment_unmap")
-# Where the model asks for memory that PyTorch did not: far above every address of a process.
-_INVENTED_ADDRESS = 2**60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,8 @@ class _RecordedDevice:
         self.asked = 0
         self.matched = 0
         self.released: list[int] = []
-        self._next_address = _INVENTED_ADDRESS
+        # For memory that PyTorch did not ask for.
+        self._next_address = ADDRESS_LIMIT
         # Segments, and expandable segments as far as they were ever mapped and one byte more: there they go on.
         self._held: list[int] = []
         self._ends: dict[int, int] = {}
@@ -84,10 +83,10 @@ class _RecordedDevice:
         self.asked += 1
         address = self._invent(size_bytes)
         if self.queue and self.queue[0][:2] == ("segment_alloc", size_bytes) and self.queue[0].stream == stream:
-            self.matched += 1
             recorded = self.queue.pop(0).address
             # A model that went astray may still hold what PyTorch gave back there.
             if not self._holds(recorded, size_bytes):
+                self.matched += 1
                 address = recorded
         self._hold(address, size_bytes)
         return address
@@ -182,7 +181,7 @@ class _Replay:
                 self._device.queue.append(event)
             elif event.action == "free_completed" and not _completes_at_once(events, i):
                 self._waiting.append(self._placed.pop(event.address))
-            else:
+            elif event.action in BLOCK_ACTIONS or event.action == "oom":
                 self._settle(event)
                 self._step(event)
         self._settle(None)
@@ -247,11 +246,10 @@ class _Replay:
 
     def _allocate(self, event: Event) -> None:
         queue, allocator = self._device.queue, self._allocator
-        if queue:
-            # The kind of segment tells whether they were expandable then; a program may switch that.
-            growth = next((recorded.action for recorded in queue if recorded.action in _GROWTH), None)
-            if growth is not None:
-                allocator.expandable_segments = growth == "segment_map"
+        growth = next((recorded.action for recorded in queue if recorded.action in _GROWTH), None)
+        if growth is not None:
+            # A program may switch expandable segments on and off.
+            allocator.expandable_segments = growth == "segment_map"
         asks = bool(queue) and queue[0].action in _GROWTH
         self._device.released.clear()
         try:

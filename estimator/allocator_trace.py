@@ -23,6 +23,8 @@ SEGMENT_ACTIONS = ("segment_alloc", "segment_free", "segment_map", "segment_unma
 BLOCK_ACTIONS = ("alloc", "free_requested", "free_completed")
 # PyTorch records these too; their address is something else or nothing.
 OTHER_ACTIONS = ("oom", "snapshot", "user_defined")
+ADDRESS_LIMIT = 2**60
+"""Above the virtual addresses of every process; the replay invents addresses from here on."""
 _STATES = ("active_allocated", "active_awaiting_free", "inactive")
 _POWERS_OF_TWO = 16
 
@@ -58,7 +60,6 @@ def read_trace(path: Path) -> Trace:
     try:
         document = json.loads(gzip.decompress(path.read_bytes()))
     except OSError as error:
-        # BadGzipFile is an OSError without a strerror.
         raise InputError(
             f"{path}: not a gzipped trace: {error.strerror or error}; write the path of a .json.gz"
         ) from None
@@ -158,6 +159,8 @@ def _segment(value: object, where: str) -> Segment:
             raise InputError(f"{where}.blocks[{i}]: the blocks of a segment must follow each other without gaps")
         position += block[1]
         blocks.append(Block(address=block[0], size_bytes=block[1], state=cast(BlockState, block[3])))
+    if position > ADDRESS_LIMIT:
+        raise InputError(f"{where}: {numbers[1]} bytes at address {numbers[0]} are beyond the addresses of a process")
     if position != numbers[0] + numbers[1]:
         raise InputError(f"{where}: the blocks add up to {position - numbers[0]} bytes, total_size is {numbers[1]}")
     return Segment(

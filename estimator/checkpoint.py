@@ -43,7 +43,11 @@ def weight_tensors(shape: ModelShape) -> tuple[TensorGroup, ...]:
         rank, rope, nope = shape.kv_lora_rank, shape.qk_rope_head_dim, shape.qk_nope_head_dim
         queries = shape.heads * (nope + rope)
         if shape.q_lora_rank:
-            found += [(shape.q_lora_rank, h, layers), (queries, shape.q_lora_rank, layers), (shape.q_lora_rank, 1, layers)]
+            found += [
+                (shape.q_lora_rank, h, layers),
+                (queries, shape.q_lora_rank, layers),
+                (shape.q_lora_rank, 1, layers),
+            ]
         else:
             found.append((queries, h, layers))
         found += [(rank + rope, h, layers), (rank, 1, layers), (shape.heads * (nope + shape.v_head_dim), rank, layers)]

@@ -55,15 +55,27 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     share = layers + count.other  # an inferred shape's remainder works like the rest
     forward = 2.0 * tokens * share
     head_forward = 2.0 * tokens * head
-    attention = 2.0 * 2.0 * tokens * _context(shape, setup) * shape.heads * (shape.head_dim + _value_dim(shape)) / 2 * shape.layers
+    attention = (
+        2.0
+        * 2.0
+        * tokens
+        * _context(shape, setup)
+        * shape.heads
+        * (shape.head_dim + _value_dim(shape))
+        / 2
+        * shape.layers
+    )
 
     frozen = setup.method in ("lora", "dora", "qlora")
     trained_share = 1.0 if setup.method == "full" else 0.0
     if setup.method == "freeze":
         trained_share = min(1.0, trainable_parameters(shape, setup) / max(share, 1))
     recompute = {"none": 0.0, "full": 1.0, "selective": 0.3}[setup.checkpointing]
+    # Recomputation stops at the last tensor that backward needs: the down projection is not run again.
+    stopped = 0.0 if setup.checkpoint_reentrant else shape.plain_layers * shape.hidden * shape.plain_ffn
+    repeated = recompute * 2.0 * tokens * (share - stopped)
     adapters = 6.0 * tokens * trainable_parameters(shape, setup) if frozen else 0.0
-    matmul = forward * (2.0 + trained_share + recompute) + adapters
+    matmul = forward * (2.0 + trained_share) + repeated + adapters
     head_total = head_forward * (2.0 + (1.0 if setup.method == "full" else 0.0))
     # Backward of attention: five products against forward's two.
     attention_total = attention * (1.0 + 2.5 + recompute)
@@ -178,7 +190,9 @@ def formula_seconds(work: StepWork, setup: Setup, accelerator: Accelerator) -> t
     busy = sum(amount for _, amount, _ in seconds)
     # Launches run ahead of the device: only what exceeds the work shows.
     seconds.append(("launches", max(0.0, work.launches * LAUNCH_SECONDS - busy), "kernels x 6 us beyond the work"))
-    seconds.append(("communication", _exposed_communication(work, setup, accelerator, busy), "bytes / link, overlapped"))
+    seconds.append(
+        ("communication", _exposed_communication(work, setup, accelerator, busy), "bytes / link, overlapped")
+    )
     if setup.pipeline_parallel > 1:
         bubble = (setup.pipeline_parallel - 1) / setup.accumulation
         seconds.append(("pipeline bubble", busy * bubble, "(stages - 1) / micro-batches"))
@@ -200,5 +214,3 @@ def _exposed_communication(work: StepWork, setup: Setup, accelerator: Accelerato
         link = min(link, setup.internode_gbps * 1e9 / 8 if setup.internode_gbps else default)
     seconds = work.communication_bytes / (link * LINK_EFFICIENCY)
     return max(0.15 * seconds, seconds - 0.7 * busy)
-
-

@@ -43,7 +43,9 @@ class RunRequest:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}: {value} is out of range; write a number above 0")
         if self.price_usd_per_gpu_hour is not None and not 0 <= self.price_usd_per_gpu_hour < 1e6:
-            raise InputError(f"price: {self.price_usd_per_gpu_hour} is no price; write dollars for one GPU-hour, --price 2.50")
+            raise InputError(
+                f"price: {self.price_usd_per_gpu_hour} is no price; write dollars for one GPU-hour, --price 2.50"
+            )
         if self.reserve_bytes < 0:
             raise InputError(f"reserve: {self.reserve_bytes} is too small; write for example --reserve 2GiB")
 

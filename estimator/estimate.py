@@ -319,7 +319,11 @@ def _notes(
     if setup.accelerator is None:
         notes.append("no accelerator given: no time or cost; write --gpu NAME")
     elif time is None:
-        what = "a CPU has no datasheet rate" if is_cpu(setup.accelerator) else f"no rate of {setup.accelerator} for {setup.precision} is known"
+        what = (
+            "a CPU has no datasheet rate"
+            if is_cpu(setup.accelerator)
+            else f"no rate of {setup.accelerator} for {setup.precision} is known"
+        )
         notes.append(f"no time: {what}; measure with `vramcalc profile` and `vramcalc fit`")
     if request.tokens(setup.seq) is None:
         notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")

@@ -240,7 +240,9 @@ class _Ledger:
             return gathered + reduced if phase != "optimizer" else 0.0
         return 0.0
 
-    def _phase(self, phase: str, *, gradients: float, activations: float = 0.0, logits: float = 0.0, temporaries: float = 0.0) -> PhaseMemory:
+    def _phase(
+        self, phase: str, *, gradients: float, activations: float = 0.0, logits: float = 0.0, temporaries: float = 0.0
+    ) -> PhaseMemory:
         setup = self.setup
         workspace = workspace_bytes(setup.accelerator)
         amounts = (

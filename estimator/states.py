@@ -181,8 +181,11 @@ def states(shape: ModelShape, setup: Setup) -> States:
         host_optimizer=host,
         trainable=trainable,
         total=total,
-        linear=count.linear / dense if not count.experts else (count.linear - count.experts) / dense + count.experts / expert,
-        largest_layer=layer_parameters(shape) / (setup.tensor_parallel * (setup.expert_parallel if shape.experts else 1)),
+        linear=count.linear / dense
+        if not count.experts
+        else (count.linear - count.experts) / dense + count.experts / expert,
+        largest_layer=layer_parameters(shape)
+        / (setup.tensor_parallel * (setup.expert_parallel if shape.experts else 1)),
         embedding=shape.vocab * shape.hidden / setup.tensor_parallel,
         quantized=quantized,
         gradient_width=size.trained,

@@ -44,7 +44,7 @@ _NEEDED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors")
 _QUIET = {
     # No thread pools before the fork, and no look at a GPU through CUDA: either would not survive in the child.
     "OPENBLAS_NUM_THREADS": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -70,7 +70,7 @@ def outcome(run: Run, entries: Sequence[LogEntry], measured: Measured) -> TrainR
         checkpoint_seconds=measured.checkpoint_seconds,
         peak_phase=measured.peaks.peak_phase if measured.peaks else None,
         comparisons=(
-            *_memory(run.predicted, measured),
+            *_memory(run, measured),
             *_time(run, trained),
             PredictedMeasured(
                 quantity="checkpoint",
@@ -87,15 +87,16 @@ def _training_seconds(trained: Sequence[LogEntry]) -> float:
     return sum(median if entry.traced and median is not None else entry.seconds for entry in trained)
 
 
-def _memory(predicted: Estimate, measured: Measured) -> tuple[PredictedMeasured, ...]:
-    memory, peaks = predicted.memory, measured.peaks
+def _memory(run: Run, measured: Measured) -> tuple[PredictedMeasured, ...]:
+    memory, peaks = run.predicted.memory, measured.peaks
     settled = peaks if measured.settled else None
-    rows = (
+    rows = [
         ("peak allocated", memory.peak_allocated_bytes, peaks.allocated_bytes if peaks else None),
         ("peak reserved", memory.peak_reserved_bytes, settled.reserved_bytes if settled else None),
         ("peak device", memory.peak_device_bytes, settled.device_bytes if settled else None),
-        ("peak host", memory.peak_host_bytes, measured.host_peak_bytes if settled else None),
-    )
+    ]
+    if run.device.kind != "cpu":  # a CPU's host memory is the device's own figure
+        rows.append(("peak host", memory.peak_host_bytes, measured.host_peak_bytes if settled else None))
     return tuple(
         PredictedMeasured(quantity=quantity, unit="bytes", predicted=interval, measured=value)
         for quantity, interval, value in rows

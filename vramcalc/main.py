@@ -45,9 +45,15 @@ def make_app(wanted: str | None) -> typer.Typer:
 
 
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=lambda given: _version(given)
+    ),
 ) -> None:
-    if version:
+    pass
+
+
+def _version(given: bool) -> None:
+    if given:
         from vramcalc import __version__
 
         typer.echo(f"vramcalc {__version__}")
@@ -69,6 +75,7 @@ def _guard(action: Callable[[], Any]) -> int:
     """Runs ``action`` and names its end: 0 done, 2 bad input, 3 does not fit, 4 something missing, 130 interrupted."""
     try:
         result = action()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except typer.Abort:
         return 130
@@ -91,7 +98,7 @@ def _guard(action: Callable[[], Any]) -> int:
         }:
             raise
         return _fail(f"{error.name} is not installed; pip install 'vramcalc-toolkit[all]'", 4)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer itself exits only where the reader of its output has gone
         _silence_stdout()
         return 0
     except Exception as error:
@@ -110,4 +117,4 @@ def _silence_stdout() -> None:
     """The reader of the pipe has gone: nothing that is still buffered may raise at exit."""
     import os
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

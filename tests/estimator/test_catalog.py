@@ -37,7 +37,14 @@ def test_the_count_is_the_one_that_torch_finds_on_the_meta_device(name: str) -> 
 @pytest.mark.parametrize(
     ("name", "billions"),
     # The papers and model cards.
-    [("llama-3.1-405b", 405.85), ("llama-2-70b", 68.98), ("deepseek-v3", 671.03), ("qwen2.5-7b", 7.616), ("gpt3-175b", 174.6), ("kimi-k2", 1026.4)],
+    [
+        ("llama-3.1-405b", 405.85),
+        ("llama-2-70b", 68.98),
+        ("deepseek-v3", 671.03),
+        ("qwen2.5-7b", 7.616),
+        ("gpt3-175b", 174.6),
+        ("kimi-k2", 1026.4),
+    ],
 )
 def test_large_models_have_their_published_counts(name: str, billions: float) -> None:
     assert count_parameters(resolve_model(name)).total / 1e9 == pytest.approx(billions, rel=1e-3)
@@ -82,7 +89,12 @@ def test_an_inferred_shape_has_exactly_the_count_that_was_asked_for() -> None:
 
 def test_an_inferred_8b_looks_like_llama_8b() -> None:
     shape, llama = infer_shape(8 * 10**9), resolve_model("llama-3.1-8b")
-    assert (shape.layers, shape.hidden, shape.kv_heads, shape.vocab) == (llama.layers, llama.hidden, llama.kv_heads, llama.vocab)
+    assert (shape.layers, shape.hidden, shape.kv_heads, shape.vocab) == (
+        llama.layers,
+        llama.hidden,
+        llama.kv_heads,
+        llama.vocab,
+    )
 
 
 def test_larger_counts_never_give_a_smaller_shape() -> None:
@@ -92,7 +104,9 @@ def test_larger_counts_never_give_a_smaller_shape() -> None:
             assert getattr(larger, dimension) >= getattr(smaller, dimension)
 
 
-@pytest.mark.parametrize("name", ["nano", "llama-3.1-8b", "mixtral-8x7b", "gpt2-124m", "falcon-7b", "deepseek-v3", "qwen3-8b"])
+@pytest.mark.parametrize(
+    "name", ["nano", "llama-3.1-8b", "mixtral-8x7b", "gpt2-124m", "falcon-7b", "deepseek-v3", "qwen3-8b"]
+)
 def test_the_config_that_transformers_writes_is_read_back_as_the_same_shape(name: str, tmp_path: Path) -> None:
     model_config(Setup(model=name)).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
@@ -100,7 +114,12 @@ def test_the_config_that_transformers_writes_is_read_back_as_the_same_shape(name
     assert "model_type" in json.loads(config.read_text())
     read, known = resolve_model(str(config)), resolve_model(name)
     assert count_parameters(read).total == count_parameters(known).total
-    assert (read.layers, read.hidden, read.kv_heads, read.head_dim) == (known.layers, known.hidden, known.kv_heads, known.head_dim)
+    assert (read.layers, read.hidden, read.kv_heads, read.head_dim) == (
+        known.layers,
+        known.hidden,
+        known.kv_heads,
+        known.head_dim,
+    )
 
 
 def test_hub_ids_of_catalog_models_need_no_hub() -> None:
@@ -117,7 +136,15 @@ def test_an_unknown_model_is_one_line(text: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"hidden_size": "wide"}', '{"hidden_size": 0, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}', "\xff\xfe"],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"hidden_size": "wide"}',
+        '{"hidden_size": 0, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}',
+        "\xff\xfe",
+    ],
 )
 def test_a_config_that_describes_no_model_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"

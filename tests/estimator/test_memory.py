@@ -38,7 +38,10 @@ def measured_peak(setup: Setup, directory: Path) -> int:
     model: Any = build_model(setup)
     model.train()
     ids = torch.randint(0, model.config.vocab_size, (setup.batch, setup.seq))
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers(), ids]}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers(), ids]
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     half = {"bf16-mixed": torch.bfloat16}.get(setup.precision, {"bf16": torch.bfloat16}.get(str(setup.autocast)))
@@ -143,7 +146,9 @@ def test_more_parameters_never_lower_a_peak(setup: Setup, parameters: int, facto
 @given(setups())
 def test_parts_are_whole_positive_bytes_with_known_names(setup: Setup) -> None:
     for phase in memory_phases(resolve_model(setup.model), setup):
-        assert [part.name for part in phase.parts] == [name for name in PART_NAMES if name in {p.name for p in phase.parts}]
+        assert [part.name for part in phase.parts] == [
+            name for name in PART_NAMES if name in {p.name for p in phase.parts}
+        ]
         assert all(part.amount == int(part.amount) > 0 for part in phase.parts)
 
 
@@ -154,5 +159,8 @@ def test_lora_trains_in_less_memory_than_full_and_checkpointing_saves_activation
 
 
 def test_sharding_over_more_devices_never_raises_a_peak() -> None:
-    peaks = [peak(Setup(model="llama-3.1-70b", accelerators=n, sharding="fsdp", checkpointing="full")) for n in (2, 8, 64, 512)]
+    peaks = [
+        peak(Setup(model="llama-3.1-70b", accelerators=n, sharding="fsdp", checkpointing="full"))
+        for n in (2, 8, 64, 512)
+    ]
     assert peaks == sorted(peaks, reverse=True)

@@ -229,7 +229,10 @@ def test_the_key_of_a_point_changes_with_whatever_is_measured_and_with_nothing_e
     [
         ({"accelerator": "h100"}, "accelerator: h100 is not what this machine has"),
         ({"framework": "torchtitan"}, "framework: torchtitan can be estimated but not run here"),
-        ({"accelerators": 2}, "sharding: fsdp can be estimated but not run|accelerators: 2 can be estimated but not run"),
+        (
+            {"accelerators": 2},
+            "sharding: fsdp can be estimated but not run|accelerators: 2 can be estimated but not run",
+        ),
         ({"model": "no-such-model"}, "model: 'no-such-model' is not in the catalog"),
         ({"eval_batch": 2}, "eval_batch: a profiled point does not evaluate"),
     ],

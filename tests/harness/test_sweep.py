@@ -21,7 +21,9 @@ from profiler.store import TABLE, RunStore, read_runs
 
 DEVICE = LocalDevice(name="cpu", kind="cpu", description="Some CPU", capacity_bytes=2**34, free_bytes=2**33)
 PROCEDURE = Procedure()
-GRID = tuple(Setup(model=model, seq=seq, batch=batch) for model in ("nano", "micro") for seq in (64, 128) for batch in (1, 2))
+GRID = tuple(
+    Setup(model=model, seq=seq, batch=batch) for model in ("nano", "micro") for seq in (64, 128) for batch in (1, 2)
+)
 
 
 class MadeUp(Executor):
@@ -49,11 +51,15 @@ class MadeUp(Executor):
         return MeasuredRun(run=run_key(setup, PROCEDURE, DEVICE), setup=setup, step_seconds=0.5)
 
 
-def plan(setups: Sequence[Setup] = GRID, measured: Sequence[MeasuredRun] = (), **options: bool) -> tuple[PlannedPoint, ...]:
+def plan(
+    setups: Sequence[Setup] = GRID, measured: Sequence[MeasuredRun] = (), **options: bool
+) -> tuple[PlannedPoint, ...]:
     return plan_sweep(setups, measured, procedure=PROCEDURE, device=DEVICE, **options)
 
 
-def sweep(directory: Path, executor: Executor, setups: Sequence[Setup] = GRID, **options: bool) -> tuple[MeasuredRun, ...]:
+def sweep(
+    directory: Path, executor: Executor, setups: Sequence[Setup] = GRID, **options: bool
+) -> tuple[MeasuredRun, ...]:
     with RunStore(directory) as store:
         return run_sweep(plan(setups, store.runs, **options), store, executor, steps=PROCEDURE.steps)
 
@@ -124,9 +130,7 @@ def progress_of(tmp_path: Path, predict: float | None) -> list[SweepProgress]:
     told: list[SweepProgress] = []
     with RunStore(tmp_path) as store:
         points = plan()
-        run_sweep(
-            points, store, MadeUp(), steps=10, on_progress=told.append, predict_seconds=lambda setup: predict
-        )
+        run_sweep(points, store, MadeUp(), steps=10, on_progress=told.append, predict_seconds=lambda setup: predict)
     return told
 
 
