@@ -4,7 +4,7 @@
 segments that the allocator holds; memory runs out where a segment cannot be had even after the cached ones were given
 back. Source: the rules of ``c10/cuda/CUDACachingAllocator.cpp``, checked against recorded traces by
 ``python -m estimator.allocator TRACE.json.gz``. Not modelled: ``garbage_collection_threshold``, and the private pools of
-CUDA graphs. Since May 2026 PyTorch breaks ties between free blocks of one size by the age of their segments instead
+CUDA graphs. A change proposed to PyTorch in May 2026 breaks ties between free blocks of one size by the age of their segments instead
 of by address (pull request 183591); the model keeps the order by address, that of all recorded traces at hand.
 """
 

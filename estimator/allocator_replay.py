@@ -308,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         result = replay(read_trace(Path(arguments[0])))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {arguments[0]}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(asdict(result)))
     return 0

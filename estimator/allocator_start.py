@@ -49,8 +49,7 @@ def initial_segments(trace: Trace) -> tuple[Segment, ...]:
     Where a block ended that was freed since isn't recorded: it has its rounded size, plus, in a large pool, what follows
     up to the next live block if that is too little for a block of its own. Raises InputError for a contradictory trace.
     """
-    segments = [segment for segment in _plain_segments(trace) if segment.size_bytes]
-    segments += _mapped_ranges(trace)
+    segments = _plain_segments(trace) + _mapped_ranges(trace)
     segments.sort(key=lambda segment: segment.address)
     for below, above in pairwise(segments):
         if below.address + below.size_bytes > above.address:

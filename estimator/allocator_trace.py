@@ -1,4 +1,4 @@
-"""Recorded traces of PyTorch's CUDA caching allocator: reading them, and the state in which a recording began."""
+"""Reads recorded traces of PyTorch's CUDA caching allocator."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from estimator.allocator_blocks import (
-    Block,
-    BlockState,
-    Segment,
-)
+from estimator.allocator_blocks import Block, BlockState, Segment
 from estimator.errors import InputError
 
 SEGMENT_ACTIONS = ("segment_alloc", "segment_free", "segment_map", "segment_unmap")
@@ -60,17 +56,12 @@ def read_trace(path: Path) -> Trace:
     try:
         document = json.loads(gzip.decompress(path.read_bytes()))
     except OSError as error:
-        raise InputError(
-            f"{path}: not a gzipped trace: {error.strerror or error}; write the path of a .json.gz"
-        ) from None
+        raise InputError(f"not a gzipped trace: {error.strerror or error}; write the path of a .json.gz") from None
     except (EOFError, zlib.error) as error:
-        raise InputError(f"{path}: a damaged gzip file: {error}; copy it again") from None
+        raise InputError(f"a damaged gzip file: {error}; copy it again") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {str(error).splitlines()[0]}; write a trace as gzipped JSON") from None
-    try:
-        return _trace(document)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"not JSON: {str(error).splitlines()[0]}; write a trace as gzipped JSON") from None
+    return _trace(document)
 
 
 def _trace(document: object) -> Trace:
@@ -132,10 +123,12 @@ def _event(value: object, where: str) -> Event:
     if action not in SEGMENT_ACTIONS + BLOCK_ACTIONS:
         known = ", ".join(BLOCK_ACTIONS + SEGMENT_ACTIONS + OTHER_ACTIONS)
         raise InputError(f"{where}: unknown action {action!r}; expected one of {known}")
-    if not all(_is_int(part) and part >= 0 for part in value[1:]) or not value[1]:
-        raise InputError(
-            f"{where}: size, address and stream of {action!r} must be integers from 0 on, the size positive"
-        )
+    if not all(_is_int(part) and part >= 0 for part in value[1:]):
+        raise InputError(f"{where}: size, address and stream of {action!r} must be whole numbers from 0 on")
+    if action in SEGMENT_ACTIONS and not value[1]:
+        raise InputError(f"{where}: {action!r} of 0 bytes")
+    if value[1] + value[2] > ADDRESS_LIMIT:
+        raise InputError(f"{where}: {value[1]} bytes at address {value[2]} are beyond the addresses of a process")
     return Event(action, value[1], value[2], value[3])
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from estimator.compute import StepWork
 from estimator.errors import InputError
-from estimator.hardware import find_accelerator
+from estimator.hardware import find_accelerator, is_cpu
 from estimator.memory import PhaseMemory
 from estimator.result import Part
 from estimator.score import Score, percentile
@@ -226,19 +226,24 @@ def apply_time(calibration: Calibration, work: StepWork, setup: Setup) -> Fitted
     if law is None or setup.accelerators > 1 or compute_type(setup) not in time_types(law):
         return None
     terms = time_terms(work, compute_type(setup))
-    row = [terms.get(coefficient.name, 0.0) for coefficient in law.coefficients]
+    names = [coefficient.name for coefficient in law.coefficients]
+    row = [terms.get(name, 0.0) for name in names]
+    exponent = overlap_exponent(calibration.accelerator)
+    amounts = seconds_by_term(names, row, [coefficient.value for coefficient in law.coefficients], exponent)
     parts = tuple(
         Part(
             name=_TIME_PARTS[coefficient.name.partition("[")[0]],
-            amount=coefficient.value * amount,
-            formula=f"{coefficient.value:.4g} {coefficient.unit} x {amount:.4g}",
+            amount=seconds,
+            formula=f"{coefficient.value:.4g} {coefficient.unit} x {amount:.4g}"
+            + (", what exceeds the work" if coefficient.name == "launches" and exponent > 1 else ""),
             source=f"law fitted to {law.runs} runs",
         )
-        for coefficient, amount in zip(law.coefficients, row, strict=True)
+        for coefficient, amount, seconds in zip(law.coefficients, row, amounts, strict=True)
         if amount
     )
     total = sum(part.amount for part in parts)
-    return FittedTime(step_seconds=interval_of(law, total, [_dot(row, draw) for draw in law.draws]), parts=parts)
+    drawn = [sum(seconds_by_term(names, row, draw, exponent)) for draw in law.draws]
+    return FittedTime(step_seconds=interval_of(law, total, drawn), parts=parts)
 
 
 def apply_checkpoint(calibration: Calibration, model_bytes: int, optimizer_bytes: int) -> FittedCheckpoint | None:
@@ -313,6 +318,29 @@ def time_terms(work: StepWork, kind: str) -> dict[str, float]:
     """The work of a step by the name of the coefficient that it is multiplied with."""
     terms = {f"{name}[{kind}]": getattr(work, name) for name in FLOP_TERMS}
     return terms | {name: getattr(work, name) for name in OTHER_TERMS} | {"step": 1.0}
+
+
+def overlap_exponent(accelerator: str) -> float:
+    """How launches and work join: as the sum of this power of both, and its root.
+
+    A CPU launches and computes in turn: they add up. An accelerator's launches run ahead of its work, so that mostly
+    the longer of the two shows.
+    """
+    return 1.0 if is_cpu(accelerator) else 4.0
+
+
+def seconds_by_term(
+    names: Sequence[str], work: Sequence[float], coefficients: Sequence[float], exponent: float
+) -> list[float]:
+    """Seconds of each term, in the order of ``names``; their sum is the step's. Launches count as what they add to the work."""
+    seconds = [amount * coefficient for amount, coefficient in zip(work, coefficients, strict=True)]
+    launches = names.index("launches")
+    busy = sum(seconds) - seconds[launches] - seconds[names.index("step")]
+    longer = max(busy, seconds[launches])
+    if longer > 0:
+        both = longer * ((busy / longer) ** exponent + (seconds[launches] / longer) ** exponent) ** (1 / exponent)
+        seconds[launches] = max(both - busy, 0.0)
+    return seconds
 
 
 def _memory_row(phase: PhaseMemory, names: Sequence[str]) -> list[float]:

@@ -15,15 +15,15 @@ from typing import Any
 from estimator.calibration import Calibration, Dropped, Law, Range, canonical_name, compute_type, time_terms
 from estimator.catalog import resolve_model
 from estimator.checkpoint import checkpoint_bytes
-from estimator.compute import step_work
+from estimator.compute import StepWork, step_work
 from estimator.errors import InputError, MissingError
 from estimator.law_fitting import Form, S, fit_law
 from estimator.linear_law import LinearForm, LinearSample
 from estimator.measured import MeasuredRun
-from estimator.memory import memory_phases
+from estimator.memory import PhaseMemory, memory_phases
 from estimator.memory_law import MemoryForm, MemorySample, phase_groups
 from estimator.setup import Setup
-from estimator.shape import ModelShape, count_parameters
+from estimator.shape import count_parameters
 from estimator.time_law import TimeForm, TimeSample, doubt_of_median
 
 DRAWS = 200
@@ -44,12 +44,15 @@ QUANTITIES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Observation:
-    """A run that can be used, with its shape."""
+    """A run that can be used, beside what the formulas say of it."""
 
     run: MeasuredRun
     setup: Setup
-    shape: ModelShape
     parameters: int
+    phases: tuple[PhaseMemory, ...]
+    work: StepWork
+    checkpoint_bytes: int
+    """By the formula."""
 
     def common(self, measured: float) -> dict[str, Any]:
         return {
@@ -76,12 +79,15 @@ def fit(
     law has enough runs (it says what to profile next), and MissingError without scipy.
     """
     _need_scipy()
+    if not runs and unreadable:
+        run, reason = unreadable[0]
+        raise InputError(f"table: none of its {len(unreadable)} rows can be used; the first, run {run}: {reason}")
     latest = list({run.run: run for run in runs}.values())
     name, device, chosen = _of_one_device(latest, accelerator)
     dropped = [Dropped(run=run, quantity="all", reason=f"unreadable row: {reason}") for run, reason in unreadable]
     observations = _observe(chosen, dropped)
     memory = _fit_memory(observations, dropped, draws, seed)
-    time = _fit_time(observations, dropped, draws, seed, cpu=name.lower() == "cpu")
+    time = _fit_time(observations, dropped, draws, seed, name)
     reserved = _fit_on_allocated(RESERVED_FORM, observations, dropped, draws, seed)
     device_memory = _fit_on_allocated(DEVICE_FORM, observations, dropped, draws, seed)
     checkpoint = _fit_checkpoint(observations, dropped, draws, seed)
@@ -169,21 +175,24 @@ def _observe(runs: Sequence[MeasuredRun], dropped: list[Dropped]) -> list[_Obser
             reason = f"the run ended as {run.outcome}"
         else:
             try:
-                shape = resolve_model(run.setup.model)
-            except (InputError, MissingError) as error:
-                reason = f"its model has no known shape ({error})"
-            else:
-                observations.append(
-                    _Observation(
-                        run=run,
-                        setup=run.setup.resolved(),
-                        shape=shape,
-                        parameters=run.parameters or count_parameters(shape).total,
-                    )
-                )
+                observations.append(_observation(run))
                 continue
+            except (InputError, MissingError) as error:
+                reason = f"the formulas cannot say what it takes ({error})"
         dropped.append(Dropped(run=run.run, quantity="all", reason=reason))
     return observations
+
+
+def _observation(run: MeasuredRun) -> _Observation:
+    setup, shape = run.setup.resolved(), resolve_model(run.setup.model)
+    return _Observation(
+        run=run,
+        setup=setup,
+        parameters=run.parameters or count_parameters(shape).total,
+        phases=memory_phases(shape, setup),
+        work=step_work(shape, setup),
+        checkpoint_bytes=sum(checkpoint_bytes(shape, setup)),
+    )
 
 
 def _fit_memory(observations: Sequence[_Observation], dropped: list[Dropped], draws: int, seed: int) -> Law | None:
@@ -201,7 +210,7 @@ def _fit_memory(observations: Sequence[_Observation], dropped: list[Dropped], dr
         samples.append(
             MemorySample(
                 **seen.common(run.peak_allocated_bytes),
-                phases=phase_groups(memory_phases(seen.shape, seen.setup)),
+                phases=phase_groups(seen.phases),
                 phase_peaks=tuple((phase, float(peak)) for phase, peak in recorded.items() if peak),
             )
         )
@@ -209,22 +218,31 @@ def _fit_memory(observations: Sequence[_Observation], dropped: list[Dropped], dr
 
 
 def _fit_time(
-    observations: Sequence[_Observation], dropped: list[Dropped], draws: int, seed: int, *, cpu: bool
+    observations: Sequence[_Observation], dropped: list[Dropped], draws: int, seed: int, accelerator: str
 ) -> Law | None:
     samples = []
     for seen in observations:
-        if not seen.run.step_seconds:
+        seconds = _seconds(seen)
+        if seconds is None:
             dropped.append(_without(seen.run, TimeForm.quantity))
         elif seen.setup.accelerators > 1:
             reason = f"its step spans {seen.setup.accelerators} accelerators; the law is of one"
             dropped.append(Dropped(run=seen.run.run, quantity=TimeForm.quantity, reason=reason))
         else:
-            terms = time_terms(step_work(seen.shape, seen.setup), compute_type(seen.setup))
+            terms = time_terms(seen.work, compute_type(seen.setup))
             doubt = doubt_of_median(seen.run.step_seconds_spread, seen.run.timed_steps)
-            samples.append(TimeSample(**seen.common(seen.run.step_seconds), terms=terms, doubt=doubt))
+            samples.append(TimeSample(**seen.common(seconds), terms=terms, doubt=doubt))
     types = sorted({compute_type(seen.setup) for seen in observations})
     types = [kind for kind in types if any(f"matmul_flops[{kind}]" in sample.terms for sample in samples)]
-    return _fit_or_drop(TimeForm(types, cpu=cpu), samples, dropped, draws, seed)
+    return _fit_or_drop(TimeForm(types, accelerator), samples, dropped, draws, seed)
+
+
+def _seconds(seen: _Observation) -> float | None:
+    """Of a step, as measured or from the tokens that were measured each second."""
+    if seen.run.step_seconds:
+        return seen.run.step_seconds
+    rate = seen.run.tokens_per_second_per_accelerator
+    return seen.setup.tokens_per_step / (rate * seen.setup.accelerators) if rate else None
 
 
 def _fit_on_allocated(
@@ -244,8 +262,7 @@ def _fit_checkpoint(observations: Sequence[_Observation], dropped: list[Dropped]
     samples = []
     for seen in observations:
         if seen.run.checkpoint_bytes:
-            base = float(sum(checkpoint_bytes(seen.shape, seen.setup)))
-            samples.append(LinearSample(**seen.common(seen.run.checkpoint_bytes), base=base))
+            samples.append(LinearSample(**seen.common(seen.run.checkpoint_bytes), base=float(seen.checkpoint_bytes)))
         else:
             dropped.append(_without(seen.run, CHECKPOINT_FORM.quantity))
     return _fit_or_drop(CHECKPOINT_FORM, samples, dropped, draws, seed)

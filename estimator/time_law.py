@@ -14,22 +14,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from estimator.calibration import FLOP_TERMS, OTHER_TERMS
+from estimator.calibration import FLOP_TERMS, OTHER_TERMS, overlap_exponent, seconds_by_term
+from estimator.compute import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
+from estimator.errors import InputError
+from estimator.hardware import Accelerator, find_accelerator
 from estimator.law_fitting import Sample
 from estimator.robust import TOLERANCE, soft_l1, soft_l1_slope
 
 if TYPE_CHECKING:
     from estimator.robust import Array
 
-_HEAD_TIE, _ATTENTION_TIE, _TYPE_TIE = 0.3, 0.7, 1.0
-"""Standard deviations, in factors e: how far the head's and attention's rates lie from the layers' matrix products, and
-the rates of one type of number from another's."""
-_TRAFFIC_TIE = 0.5
-"""The same for the traffic of logits and optimizer against that of the layers."""
-_BALANCE = {"cpu": 8.0, "gpu": 100.0}
-"""FLOPs done while one byte moves, in training and not by datasheet: where the search for the traffic's cost starts."""
-_BALANCE_WIDTH = 0.7
-_RATE_WIDTH = 1.5
+_HEAD_TIE, _ATTENTION_TIE, _TYPE_TIE, _TRAFFIC_TIE = 0.3, 0.7, 1.0, 0.5
+"""Standard deviations, in factors e: how far the head's and attention's rates lie from the layers' matrix products, the
+rates of one type of number from another's, and the traffic of logits and optimizer from that of the layers."""
+_CATALOG_WIDTH = 0.4
+"""The same for rates and bandwidths that the catalog knows, at the shares of the datasheet that training reaches."""
+_UNKNOWN_WIDTH = 1.5
+"""For rates that nothing is known of (a CPU): the search starts where all the time would be matrix products."""
+_BALANCE, _BALANCE_WIDTH = 8.0, 0.7
+"""FLOPs that such a device does while one byte moves, in training: a CPU's 5 to 15."""
 _LAUNCH_SECONDS, _LAUNCH_WIDTH = 5e-6, 1.0
 """A kernel's launch from PyTorch takes 3 to 10 microseconds, on a CPU the operator's dispatch as much."""
 _STEP_SECONDS, _STEP_WIDTH = 2e-3, 1.0
@@ -55,27 +58,30 @@ def doubt_of_median(spread: float | None, steps: int | None) -> float:
 
 
 class TimeForm:
-    """``sum of coefficient x work + seconds of a step``, a coefficient for each type that matrix products compute in."""
+    """The sum of coefficient x work and the seconds of a step, launches overlapping with the work on an accelerator.
+
+    Each type that matrix products compute in has coefficients of its own.
+    """
 
     quantity = "step_seconds"
     minimum_runs = 6
     noise = 0.05
 
-    def __init__(self, types: Sequence[str], *, cpu: bool) -> None:
+    def __init__(self, types: Sequence[str], accelerator: str) -> None:
         self.types = tuple(types)
-        self.cpu = cpu
+        self.exponent = overlap_exponent(accelerator)
+        self._known = _catalog_entry(accelerator)
         flops = tuple((f"{term}[{kind}]", "s/FLOP") for kind in self.types for term in FLOP_TERMS)
-        units = {"launches": "s"}
-        others = tuple((term, units.get(term, "s/B")) for term in OTHER_TERMS)
+        others = tuple((term, "s" if term == "launches" else "s/B") for term in OTHER_TERMS)
         self.coefficients = (*flops, *others, ("step", "s"))
+        self._names = [name for name, _ in self.coefficients]
 
     def solve(self, samples: Sequence[TimeSample], noise: float, chance: random.Random | None = None) -> list[float]:
         """The most probable logarithms: robust (soft L1) on relative errors of the data, Gaussian on the priors."""
         import numpy as np
         from scipy.optimize import least_squares
 
-        names = [name for name, _ in self.coefficients]
-        work = np.array([[sample.terms.get(name, 0.0) for name in names] for sample in samples])
+        work = np.array([[sample.terms.get(name, 0.0) for name in self._names] for sample in samples])
         measured = np.array([sample.measured for sample in samples])
         logs = np.log(measured)
         # A run whose steps scattered, on a machine that others use, counts for less than one whose steps agreed.
@@ -86,12 +92,27 @@ class TimeForm:
         if chance is not None:
             centre = centre + [chance.gauss() for _ in centre]
 
+        launches, step = self._names.index("launches"), self._names.index("step")
+        power = self.exponent
+
+        def shares_and_total(x: Array) -> tuple[Array, Array]:
+            """How much each coefficient moves the step (seconds a factor e), and the step's seconds."""
+            shares = work * np.exp(x)
+            launching = shares[:, launches]
+            busy = shares.sum(axis=1) - launching - shares[:, step]
+            both = (busy**power + launching**power) ** (1 / power)
+            total = both + shares[:, step]
+            slopes = shares * ((busy / both) ** (power - 1))[:, None]
+            slopes[:, launches] = launching * (launching / both) ** (power - 1)
+            slopes[:, step] = shares[:, step]
+            return slopes, total
+
         def residuals(x: Array) -> Array:
-            return np.concatenate([soft_l1((np.log(work @ np.exp(x)) - logs) / noise_of_each), prior @ x - centre])
+            _, total = shares_and_total(x)
+            return np.concatenate([soft_l1((np.log(total) - logs) / noise_of_each), prior @ x - centre])
 
         def jacobian(x: Array) -> Array:
-            shares = work * np.exp(x)
-            total = shares.sum(axis=1)
+            shares, total = shares_and_total(x)
             slope = soft_l1_slope((np.log(total) - logs) / noise_of_each) / (total * noise_of_each)
             return np.concatenate([shares * slope[:, None], prior])
 
@@ -100,32 +121,50 @@ class TimeForm:
         return [float(x) for x in np.exp(found.x)]
 
     def predict(self, sample: TimeSample, coefficients: Sequence[float]) -> float:
-        names = [name for name, _ in self.coefficients]
-        return sum(sample.terms.get(name, 0.0) * x for name, x in zip(names, coefficients, strict=True))
+        work = [sample.terms.get(name, 0.0) for name in self._names]
+        return sum(seconds_by_term(self._names, work, coefficients, self.exponent))
 
     def _priors(self, rate: float) -> tuple[Array, Array]:
-        """Rows of (difference of logarithms) and what they should be, both over their standard deviation."""
+        """Rows of (difference of logarithms) and what they should be, both over their standard deviation.
+
+        ``rate`` is the logarithm of the seconds a FLOP would take if all the time were matrix products.
+        """
         import numpy as np
 
-        index = {name: i for i, (name, _) in enumerate(self.coefficients)}
-        first = self.types[0]
-        rows: list[tuple[dict[str, float], float, float]] = [({f"matmul_flops[{first}]": 1.0}, rate, _RATE_WIDTH)]
+        index = {name: i for i, name in enumerate(self._names)}
+        rows: list[tuple[dict[str, float], float, float]] = []
+        first = f"matmul_flops[{self.types[0]}]"
         for kind in self.types:
             products = f"matmul_flops[{kind}]"
+            flops = self._known.matrix_flops(kind) if self._known else None
+            if flops:
+                rows.append(({products: 1.0}, -math.log(flops * MATMUL_EFFICIENCY), _CATALOG_WIDTH))
+            elif products == first:
+                rows.append(({products: 1.0}, rate, _UNKNOWN_WIDTH))
+            else:
+                rows.append(({products: 1.0, first: -1.0}, 0.0, _TYPE_TIE))
             rows.append(({f"head_flops[{kind}]": 1.0, products: -1.0}, 0.0, _HEAD_TIE))
             rows.append(({f"attention_flops[{kind}]": 1.0, products: -1.0}, 0.0, _ATTENTION_TIE))
-            if kind != first:
-                rows.append(({products: 1.0, f"matmul_flops[{first}]": -1.0}, 0.0, _TYPE_TIE))
-        balance = np.log(_BALANCE["cpu" if self.cpu else "gpu"])
-        rows.append(({"elementwise_bytes": 1.0, f"matmul_flops[{first}]": -1.0}, float(balance), _BALANCE_WIDTH))
+        bandwidth = self._known.bandwidth_bytes_per_second if self._known else None
+        if bandwidth:
+            rows.append(({"elementwise_bytes": 1.0}, -math.log(bandwidth * BANDWIDTH_EFFICIENCY), _CATALOG_WIDTH))
+        else:
+            rows.append(({"elementwise_bytes": 1.0, first: -1.0}, math.log(_BALANCE), _BALANCE_WIDTH))
         rows += [
             ({name: 1.0, "elementwise_bytes": -1.0}, 0.0, _TRAFFIC_TIE) for name in ("logits_bytes", "optimizer_bytes")
         ]
-        rows.append(({"launches": 1.0}, float(np.log(_LAUNCH_SECONDS)), _LAUNCH_WIDTH))
-        rows.append(({"step": 1.0}, float(np.log(_STEP_SECONDS)), _STEP_WIDTH))
+        rows.append(({"launches": 1.0}, math.log(_LAUNCH_SECONDS), _LAUNCH_WIDTH))
+        rows.append(({"step": 1.0}, math.log(_STEP_SECONDS), _STEP_WIDTH))
         matrix, centre = np.zeros((len(rows), len(index))), np.zeros(len(rows))
         for i, (weights, value, width) in enumerate(rows):
             for name, weight in weights.items():
                 matrix[i, index[name]] = weight / width
             centre[i] = value / width
         return matrix, centre
+
+
+def _catalog_entry(accelerator: str) -> Accelerator | None:
+    try:
+        return find_accelerator(accelerator)
+    except InputError:  # a CPU, or a device that the catalog does not have
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from estimator.errors import InputError, MissingError
@@ -71,20 +71,15 @@ def validate(
     runs: Iterable[MeasuredRun],
     predict: Callable[[Setup], Estimate],
     *,
-    unstated: Mapping[str, Sequence[str]] | None = None,
     unreadable: Iterable[Skip] = (),
 ) -> Validation:
-    """Scores of ``predict`` over ``runs``.
-
-    ``unstated`` names, by run, the columns ``seq`` and ``batch`` that its row leaves empty; ``unreadable`` rows are
-    reported with the skipped ones.
-    """
+    """Scores of ``predict`` over ``runs``; ``unreadable`` rows are reported with the skipped ones."""
     rows: list[JudgedRun] = []
     skipped, unpredicted = list(unreadable), list[Skip]()
     # A table repeats setups; an estimate takes a millisecond or two.
     known: dict[Setup, Estimate | str] = {}
     for run in runs:
-        answer = _answer(run, predict, known, (unstated or {}).get(run.run, ()))
+        answer = _answer(run, predict, known)
         if isinstance(answer, str):
             skipped.append(Skip(run=run.run, source=run.source, reason=answer))
             continue
@@ -112,8 +107,9 @@ def validate(
 
 
 def unreadable_row(run: str, source: str, problem: str) -> Skip:
-    """A row that is not a measured run, in the words of ``SKIP_REASONS``."""
-    return Skip(run=run, source=source, reason=_reason("unreadable row", problem))
+    """A row that is not a measured run, or not a complete one, in the words of ``SKIP_REASONS``."""
+    documented = problem.partition(":")[0] in SKIP_REASONS
+    return Skip(run=run, source=source, reason=problem if documented else _reason("unreadable row", problem))
 
 
 def _reason(kind: str, particulars: str) -> str:
@@ -125,13 +121,10 @@ def _answer(
     run: MeasuredRun,
     predict: Callable[[Setup], Estimate],
     known: dict[Setup, Estimate | str],
-    unstated: Sequence[str],
 ) -> Estimate | str:
     """The estimate of a run's setup, or why there is none."""
     if run.outcome not in ("ok", "oom"):
         return _reason("did not end", run.outcome)
-    if unstated:
-        return _reason("not stated", " and ".join(unstated))
     if run.setup not in known:
         try:
             known[run.setup] = predict(run.setup)

@@ -80,8 +80,6 @@ def load_tokens(
     """
     import numpy as np
 
-    from harness.token_dataset import TokenDataset
-
     source = find_source(data, cache=cache)
     tokens = _cached_tokens(source, model, prompt_format, cache)
     _check_vocabulary(tokens, model)
@@ -92,6 +90,8 @@ def load_tokens(
     cut = _packed if pack else _padded
     ids, lengths = cut(tokens, training, seq)
     evaluation_ids, evaluation_lengths = cut(tokens, np.flatnonzero(chosen), seq)
+    from harness.token_dataset import TokenDataset  # loads torch: what is wrong with the data is said before
+
     return TokenData(
         name=source.name,
         train=TokenDataset(ids, lengths, length=max(len(ids), sequences or 0), seed=seed),

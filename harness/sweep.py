@@ -60,7 +60,7 @@ class PointLimits:
 
     timeout_seconds: float = 600.0
     memory_bytes: int | None = None
-    """Of the host's memory, beyond the libraries; ``None`` is what is available as the point starts, less a margin."""
+    """Of the host's memory, beyond the libraries; ``None`` is what is available as the point starts, less a margin (on a GPU: no limit)."""
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
@@ -99,18 +99,18 @@ class FreshProcessExecutor(Executor):
                 raise RuntimeError(f"the points could not be checked: {error}") from None
 
     def run(self, setup: Setup, scratch: Path, log: Path) -> MeasuredRun:
-        limits = Limits(
-            timeout_seconds=self._limits.timeout_seconds,
-            memory_bytes=self._limits.memory_bytes or memory_for_a_point(),
-        )
+        memory = self._limits.memory_bytes
+        if memory is None and self._device.kind == "cpu":  # a CUDA driver maps far more than it uses
+            memory = memory_for_a_point()
+        limits = Limits(timeout_seconds=self._limits.timeout_seconds, memory_bytes=memory)
         try:
             run = self._server.call(run_point, setup, self._procedure, self._device, scratch, limits=limits, log=log)
             assert isinstance(run, MeasuredRun)
             return run
         except CallEndedError as error:
             outcome, reason = error.outcome, str(error)
-            if outcome == "oom":
-                reason += f" (limit {limits.memory_bytes:,} bytes beyond the libraries)"
+            if outcome == "oom" and memory is not None:
+                reason += f" (limit {memory:,} bytes beyond the libraries)"
         except (InputError, MissingError) as error:  # this point's own: the others may still run
             outcome, reason = "failed", str(error)
         except BaseException:  # a Ctrl-C: end the point before its scratch directory is removed

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.build import build_model, check_buildable
+from estimator.catalog import resolve_model
 from estimator.errors import DoesNotFitError, InputError
 from estimator.result import Estimate
 from estimator.setup import Setup
@@ -19,13 +20,14 @@ from harness.forecast import forecast, refuse_what_does_not_fit
 from harness.meters import memory_meter
 from harness.plan import TrainPlan, claim_identity, run_identity, schedule
 from harness.run_directory import MODEL_DIRECTORY, RESULT_FILE, run_directory
+from harness.samples import find_source
 from harness.tokenizer import text_tokenizer
 from harness.train_outcome import Measured, Run, outcome
 from harness.train_result import TrainResult, read_result, write_result
 from harness.training_log import LogEntry, TrainingLog
 from profiler.cpu_memory import resident_peak_bytes
 from profiler.device import LocalDevice, local_device
-from profiler.memory import MemoryMeter
+from profiler.memory import MemoryMeter, MemoryPeaks
 
 if TYPE_CHECKING:
     from estimator.calibration import Calibration
@@ -70,8 +72,9 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     device = local_device()
     plan = dataclasses.replace(plan, setup=_local_setup(plan.setup, device))
+    resolve_model(plan.setup.model)
     check_buildable(plan.setup)
-    _check_arguments(plan)
+    find_source(plan.data, cache=plan.cache)
     with run_directory(plan.out, restart=plan.restart):
         data = load_tokens(
             plan.data,
@@ -86,6 +89,8 @@ def train(
         steps = schedule(plan, data)
         predicted = forecast(plan, steps, device, calibration=calibration, calibration_name=calibration_name)
         on_estimate(predicted)
+        # Not before: it loads torch and transformers, and what is wrong so far is said at once.
+        _check_arguments(plan)
         if not plan.force:
             refuse_what_does_not_fit(predicted, plan.out)
         known = claim_identity(plan.out, run_identity(plan, steps, data))
@@ -113,7 +118,7 @@ def _local_setup(setup: Setup, device: LocalDevice) -> Setup:
 
 
 def _check_arguments(plan: TrainPlan) -> None:
-    """What Trainer would refuse, before anything is read or written."""
+    """What Trainer would refuse, before anything is built or kept."""
     from harness.trainer import training_arguments
 
     training_arguments(plan.setup, output_dir=plan.out)
@@ -131,9 +136,10 @@ def _train(run: Run, on_progress: Callable[[TrainProgress], None]) -> TrainResul
         progress.send()
         trainer.train(resume_from_checkpoint=str(done[-1].path) if done else None)
     finally:
+        peaks = meter.stop()  # in any case: a trace that an error cut short would go on
         log.close()
     assert trainer.state.global_step == total, (trainer.state.global_step, total)
-    measured = _measured(trainer, meter, run.device, ran=total - resumed_step)
+    measured = _measured(trainer, peaks, run.device, ran=total - resumed_step)
     _save_model(run, trainer)
     result = outcome(run, log.entries, measured)
     write_result(out / RESULT_FILE, result)
@@ -248,8 +254,7 @@ def _save_model(run: Run, trainer: FineTuneTrainer) -> None:
     discard(staging_directory(out))
 
 
-def _measured(trainer: FineTuneTrainer, meter: MemoryMeter, device: LocalDevice, *, ran: int) -> Measured:
-    peaks = meter.stop()
+def _measured(trainer: FineTuneTrainer, peaks: MemoryPeaks, device: LocalDevice, *, ran: int) -> Measured:
     return Measured(
         peaks=peaks if ran else None,
         settled=ran > TRACED_STEPS or (ran > 0 and device.kind == "cuda"),

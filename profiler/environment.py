@@ -48,6 +48,7 @@ def environment_json(device: LocalDevice, **further: str | float | None) -> str:
         "cpu": cpu_model(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average": _load_average(),
         "host_memory_bytes": total,
         "cpu_megahertz": _cpu_megahertz(),

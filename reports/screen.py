@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import TextIO
+from typing import IO
 
 _CODES = {"bold": "1", "green": "32", "red": "31", "yellow": "33", "dim": "2"}
 
@@ -13,7 +13,7 @@ _CODES = {"bold": "1", "green": "32", "red": "31", "yellow": "33", "dim": "2"}
 class Screen:
     """Writes lines as they are, styled where the output is a terminal that shows colour (NO_COLOR and dumb ones do not)."""
 
-    def __init__(self, file: TextIO | None = None, *, width: int | None = None, colour: bool | None = None) -> None:
+    def __init__(self, file: IO[str] | None = None, *, width: int | None = None, colour: bool | None = None) -> None:
         self._file = file or sys.stdout
         self.width = width or shutil.get_terminal_size((80, 24)).columns
         shows = self._file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

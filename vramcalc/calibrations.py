@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,27 +12,31 @@ if TYPE_CHECKING:
     from estimator.calibration import Calibration
 
 
-def find_calibration(given: Path | None, setup: Setup) -> tuple[Calibration | None, str | None]:
-    """The laws and the path they come from. A named file must be of the setup's accelerator; InputError otherwise."""
-    if given is None and setup.accelerator is None:
-        return None, None
-    from estimator.calibration_file import default_path
+def find_calibration(given: Path | None, setup: Setup) -> tuple[Calibration | None, str | None, Setup]:
+    """The laws, the path they come from, and the setup on their device.
 
-    if given is None:
-        assert setup.accelerator is not None
-        path = default_path(setup.accelerator)
-        if not path.exists():
-            return None, None
-    else:
-        path = given
+    A file that is named decides the device where the setup does not, and must be of the setup's otherwise (InputError).
+    """
+    if given is not None:
+        return _named(given, setup)
+    if setup.accelerator is None:
+        return None, None, setup
+    from estimator.calibration_file import default_path, read_calibration
+
+    path = default_path(setup.accelerator)
+    return (read_calibration(path), str(path), setup) if path.exists() else (None, None, setup)
+
+
+def _named(path: Path, setup: Setup) -> tuple[Calibration, str, Setup]:
     from estimator.calibration import matches
     from estimator.calibration_file import read_calibration
     from estimator.errors import InputError
 
     laws = read_calibration(path)
-    if given is not None and not matches(laws, setup.accelerator):
+    if setup.accelerator is None:
+        return laws, str(path), dataclasses.replace(setup, accelerator=laws.accelerator)
+    if not matches(laws, setup.accelerator):
         raise InputError(
-            f"calibration: {path} is of {laws.accelerator}, not of {setup.accelerator or 'any accelerator'}; "
-            f"write --gpu {laws.accelerator}"
+            f"calibration: {path} is of {laws.accelerator}, not of {setup.accelerator}; write --gpu {laws.accelerator}"
         )
-    return laws, str(path)
+    return laws, str(path), setup

@@ -105,8 +105,13 @@ def test_several_tables_are_one(table: Path, tmp_path: Path) -> None:
         (None, "table: cannot read"),
         ("", "has no rows"),
         ("a,b\n1,2\n", "has no column 'run'"),
-        ("run,model,accelerator\nr1,nano,cpu\n", "1 usable runs of nano are too few for a law"),
-        ("run,model,method,accelerator\nr1,nano,magic,cpu\n", "no row names its accelerator"),
+        ("run,model,accelerator,seq,batch\nr1,nano,cpu,128,1\n", "1 usable runs of nano are too few for a law"),
+        (
+            "run,model,accelerator\nr1,nano,cpu\n",
+            "none of its 1 rows can be used; the first, run r1: not stated: seq and batch",
+        ),
+        ("run,model,method,accelerator\nr1,nano,magic,cpu\n", "the first, run r1: method: 'magic' is not known"),
+        ("run,model,seq,batch\nr1,nano,128,1\n", "no row names its accelerator"),
     ],
 )
 def test_a_table_that_cannot_be_fitted_is_one_line_and_exit_code_2(

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from estimator.allocator import CachingAllocator, OutOfMemoryError
-from estimator.allocator_blocks import round_size, segment_size
+from estimator.allocator_blocks import SimulatedDevice, round_size, segment_size
 from estimator.units import GIB, KIB, MIB
 
 
@@ -192,6 +192,27 @@ def test_an_expandable_segment_maps_only_what_is_missing_in_pages_of_20_mib() ->
     small = allocator.malloc(MIB)
     assert not first <= small < first + GIB
     assert allocator.reserved_bytes == 62 * MIB
+
+
+def test_what_is_free_at_the_end_of_an_expandable_segment_is_not_mapped_again() -> None:
+    allocator = CachingAllocator(capacity_bytes=GIB, expandable_segments=True)
+    allocator.malloc(30 * MIB)
+    allocator.malloc(25 * MIB)
+    # 10 of the 25 MiB were mapped; 15 are missing, one page.
+    assert allocator.reserved_bytes == 60 * MIB
+
+
+def test_an_expandable_segment_reserves_the_addresses_of_nine_eighths_of_the_device() -> None:
+    class Watched(SimulatedDevice):
+        def reserve(self, size_bytes: int, stream: int) -> int:
+            reserved.append(size_bytes)
+            return super().reserve(size_bytes, stream)
+
+    reserved: list[int] = []
+    allocator = CachingAllocator(capacity_bytes=800 * MIB, expandable_segments=True, device=Watched(800 * MIB))
+    allocator.malloc(2 * MIB)
+    allocator.malloc(2 * MIB, stream=1)
+    assert reserved == [900 * MIB, 900 * MIB]
 
 
 def test_expandable_segments_give_back_whole_pages_and_fill_the_lowest_hole_first() -> None:

@@ -262,20 +262,20 @@ def test_what_the_recording_did_otherwise_is_counted_as_a_miss(tmp_path: Path) -
 def test_a_recording_may_begin_in_the_middle_of_a_run(tmp_path: Path) -> None:
     base, small = 0x7F00_0000_0000, 0x7D00_0000_0000
     events = [
+        # 2 MiB, and 1 MiB to the next live block: too little for a block of its own, so slack.
         *freed(2 * MIB, base + 3 * MIB),
-        # The block before the hole is live throughout and was never allocated; the hole is 2 MiB and its slack of 1 MiB.
-        allocation(3 * MIB, base + 3 * MIB),
         ["free_completed", 1000, small, 0],
         allocation(900, small),
         ["segment_free", 30 * MIB, 0x7C00_0000_0000, 0],
     ]
     final = [
         segment(small, 2 * MIB, (1024, USED), (2 * MIB - 1024, FREE), kind="small"),
-        segment(base, 20 * MIB, (3 * MIB, USED), (3 * MIB, USED), (14 * MIB, USED)),
+        segment(base, 20 * MIB, (3 * MIB, USED), (3 * MIB, FREE), (14 * MIB, USED)),
     ]
     result = replayed(tmp_path, events, final)
     assert is_exact(result), result
     assert result.peak_reserved_bytes_actual == 52 * MIB
+    assert result.peak_allocated_bytes == 20 * MIB
 
 
 def test_segments_of_another_device_are_told_by_what_was_not_done_with_them(tmp_path: Path) -> None:
@@ -374,6 +374,22 @@ def test_damaged_traces_are_refused_or_replayed_but_never_crash(tmp_path: Path, 
             refused += 1
             assert "\n" not in str(error)
     assert refused > 20
+
+
+def test_an_expandable_segment_that_grows_into_another_is_refused(tmp_path: Path) -> None:
+    base = 0x3_0200_0000
+    events = [
+        ["segment_map", 2 * MIB, base + 2 * MIB, 1],
+        allocation(MIB, base + 2 * MIB, 1),
+        *freed(512, base + 4 * MIB),
+    ]
+    expandable: dict[str, Any] = {"kind": "small", "is_expandable": True}
+    final = [
+        segment(base, 4 * MIB, (2 * MIB, USED), (MIB, USED), (MIB, FREE), stream=1, **expandable),
+        segment(base + 4 * MIB, 2 * MIB, (2 * MIB, FREE), **expandable),
+    ]
+    with pytest.raises(InputError, match="grows into another"):
+        replayed(tmp_path, events, final)
 
 
 GOOD: dict[str, Any] = {"events": [], "final_segments": [segment(512, 2 * MIB, (2 * MIB, USED))]}

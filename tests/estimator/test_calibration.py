@@ -29,6 +29,7 @@ from estimator.calibration import (
     caveats,
     compute_type,
     matches,
+    seconds_by_term,
 )
 from estimator.calibration_file import (
     check_writable,
@@ -199,6 +200,33 @@ def test_step_seconds_are_the_sum_of_work_times_coefficients() -> None:
     assert {part.name for part in found.parts} == {
         "matrix products", "head", "attention", "elementwise", "logits", "optimizer", "launches", "loop",
     }  # fmt: skip
+
+
+def test_on_an_accelerator_launches_hide_behind_the_work() -> None:
+    # 1 s of matrix products and 0.5 s of launches, joined by the fourth power: (1 + 0.0625)^(1/4) s, then the loop's 0.2 s.
+    time = time_law(fp32=(1e-12, 0.0, 0.0), others=(0.0, 0.0, 0.0, 5e-4), step=0.2)
+    setup = Setup(model="nano", precision="fp32")
+    gpu, cpu = (
+        apply_time(calibration(accelerator="T4", time=time), WORK, setup),
+        apply_time(calibration(time=time), WORK, setup),
+    )
+    assert gpu is not None and cpu is not None
+    assert gpu.step_seconds.value == pytest.approx(1.0625**0.25 + 0.2)
+    assert sum(part.amount for part in gpu.parts) == pytest.approx(gpu.step_seconds.value)
+    assert cpu.step_seconds.value == pytest.approx(1.7)  # a CPU launches and computes in turn
+
+
+@given(st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e3), st.floats(0, 1e3))
+def test_more_work_or_launches_never_take_less_time(work: float, launches: float, more: float, step: float) -> None:
+    names = ["matmul_flops[fp32]", "launches", "step"]
+    for exponent in (1.0, 4.0):
+        base = sum(seconds_by_term(names, [work, launches, 1.0], [1.0, 1.0, step], exponent))
+        assert sum(seconds_by_term(names, [work + more, launches, 1.0], [1.0, 1.0, step], exponent)) >= base * (
+            1 - 1e-12
+        )
+        assert sum(seconds_by_term(names, [work, launches + more, 1.0], [1.0, 1.0, step], exponent)) >= base * (
+            1 - 1e-12
+        )
 
 
 def test_a_time_law_says_nothing_of_a_type_it_has_not_measured() -> None:

@@ -112,6 +112,25 @@ def test_a_quantity_that_no_run_states_has_no_law() -> None:
     assert laws.memory is not None and laws.checkpoint is not None
 
 
+def test_a_setup_that_the_formulas_refuse_is_dropped_and_the_others_are_fitted() -> None:
+    odd = Setup(model="mini", accelerator="cpu", method="lora", lora_targets="no_such_projection")
+    laws = fit([*sweep(), measured("mini", 512, 1, run="odd", setup=odd)], draws=0)
+    assert [drop.run for drop in laws.dropped if drop.quantity == "all"] == ["odd"]
+    assert "no_such_projection" in laws.dropped[0].reason
+
+
+def test_tokens_per_second_are_a_step_time_as_well() -> None:
+    def as_rate(run: MeasuredRun) -> MeasuredRun:
+        assert run.step_seconds is not None
+        rate = run.setup.seq * run.setup.batch / run.step_seconds
+        return dataclasses.replace(run, step_seconds=None, tokens_per_second_per_accelerator=rate)
+
+    told, derived = fit(sweep(), draws=0).time, fit([as_rate(run) for run in sweep()], draws=0).time
+    assert told is not None and derived is not None
+    for one, other in zip(told.coefficients, derived.coefficients, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-4)
+
+
 def test_a_repeated_run_counts_once_and_the_later_row_counts() -> None:
     wrong = [dataclasses.replace(run, step_seconds=99.0) for run in sweep()]
     assert fit([*wrong, *sweep()], draws=0).time == fit(sweep(), draws=0).time

@@ -68,7 +68,7 @@ def predict(form: Form[S], law_samples: Sequence[S], target: S, draws: int = 0) 
     return form.predict(target, [coefficient.value for coefficient in law.coefficients])
 
 
-TIME = TimeForm(["fp32"], cpu=True)
+TIME = TimeForm(["fp32"], "cpu")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -156,10 +156,30 @@ def test_two_types_of_number_get_a_rate_each() -> None:
         )
         for one in samples
     ]
-    law = fit_law(TimeForm(["bf16", "fp32"], cpu=True), [*samples, *half], draws=0)
+    law = fit_law(TimeForm(["bf16", "fp32"], "cpu"), [*samples, *half], draws=0)
     assert law is not None
     found = {coefficient.name: coefficient.value for coefficient in law.coefficients}
     assert found["matmul_flops[bf16]"] / found["matmul_flops[fp32]"] == pytest.approx(0.5, rel=0.2)
+
+
+def test_on_an_accelerator_steps_that_launches_bound_do_not_spoil_the_rate_of_the_work() -> None:
+    # An RTX 3090 at 40 TFLOP/s and 700 GB/s behind 50 us launches: every short step takes the launches' time.
+    rates = dict.fromkeys(RATES, 1 / 700e9) | {term: 1 / 40e12 for term in RATES if "flops" in term}
+    rates |= {"launches": 50e-6, "step": 0.01}
+
+    def gpu_run(tokens: int, error: float = 0.0) -> TimeSample:
+        terms = work_of(24, 1024, 1, tokens)
+        work = sum(rates[term] * amount for term, amount in terms.items() if term not in ("launches", "step"))
+        seconds = max(work, rates["launches"] * terms["launches"]) + rates["step"]
+        return TimeSample(
+            run=str(tokens), model="m", parameters=1, tokens=tokens, measured=seconds * math.exp(error), terms=terms
+        )
+
+    chance = random.Random(0)
+    samples = [gpu_run(tokens, chance.gauss(0, 0.02)) for tokens in range(200, 8000, 300)]
+    longer = gpu_run(24_000)
+    assert samples[0].measured == pytest.approx(samples[3].measured, rel=0.1)  # launches bound
+    assert predict(TimeForm(["fp32"], "RTX-3090"), samples, longer) == pytest.approx(longer.measured, rel=0.15)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

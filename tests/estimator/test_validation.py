@@ -142,22 +142,19 @@ def test_the_peak_of_a_run_that_ran_out_of_memory_is_not_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "unstated", "reason"),
+    ("row", "reason"),
     [
-        (run("a", setup={"model": "unknown"}, peak_allocated_bytes=1), (), "unknown model: model: 'unknown' is not in the catalog"),
-        (run("a", setup={"method": "dora"}, peak_allocated_bytes=1), (), "unpredictable setup: method: dora cannot be predicted"),
-        (run("a", peak_allocated_bytes=1), ("seq", "batch"), "not stated: seq and batch"),
-        (run("a", outcome="failed", peak_allocated_bytes=1), (), "did not end: failed"),
-        (run("a", outcome="timeout"), (), "did not end: timeout"),
-        (run("a", setup={"accelerator": None}, peak_unstated_bytes=5), (), "nothing to compare: a peak of unstated kind"),
-        (run("a", setup={"accelerator": None}), (), "nothing to compare: no peak, time or checkpoint"),
-        (run("a", setup={"accelerator": None}, step_seconds=2.0), (), "accelerator not stated: no step time"),
+        (run("a", setup={"model": "unknown"}, peak_allocated_bytes=1), "unknown model: model: 'unknown' is not in the catalog"),
+        (run("a", setup={"method": "dora"}, peak_allocated_bytes=1), "unpredictable setup: method: dora cannot be predicted"),
+        (run("a", outcome="failed", peak_allocated_bytes=1), "did not end: failed"),
+        (run("a", outcome="timeout"), "did not end: timeout"),
+        (run("a", setup={"accelerator": None}, peak_unstated_bytes=5), "nothing to compare: a peak of unstated kind"),
+        (run("a", setup={"accelerator": None}), "nothing to compare: no peak, time or checkpoint"),
+        (run("a", setup={"accelerator": None}, step_seconds=2.0), "accelerator not stated: no step time"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_predicted_is_skipped_with_a_documented_reason(
-    row: MeasuredRun, unstated: tuple[str, ...], reason: str
-) -> None:
-    found = validate([row], estimate, unstated={"a": unstated})
+def test_a_row_that_cannot_be_predicted_is_skipped_with_a_documented_reason(row: MeasuredRun, reason: str) -> None:
+    found = validate([row], estimate)
     assert found.rows == () and found.overall == ()
     assert [(skip.run, skip.reason) for skip in found.skipped] == [("a", reason)]
     assert reason.partition(":")[0] in SKIP_REASONS | UNPREDICTED_REASONS

@@ -256,7 +256,7 @@ def test_running_out_of_memory_is_does_not_fit_and_not_a_bug(plan: Plan, monkeyp
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(PhaseTrainer, "training_step", no_memory)
-    with pytest.raises(DoesNotFitError, match="memory: the training ran out of it .* write a smaller --batch"):
+    with pytest.raises(DoesNotFitError, match=r"memory: the training ran out of it .* write a smaller --batch"):
         train(plan())
 
 
@@ -277,14 +277,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(plan: Plan) ->
         ({"offload": "optimizer"}, "offload: optimizer can be estimated but not run"),
     ],
 )
-def test_what_cannot_run_here_is_refused_before_any_work(plan: Plan, setup: dict[str, Any], message: str) -> None:
+def test_what_cannot_run_here_is_refused_before_any_work(
+    plan: Plan, setup: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.train, "build_model", lambda *args, **kwargs: pytest.fail("it was built"))
     with pytest.raises(InputError) as raised:
-        train(plan(setup=setup, data="no-such-file.jsonl"))
+        train(plan(setup=setup))
     assert message in str(raised.value)
     assert not plan().out.exists()
 
 
 def test_data_that_cannot_be_read_leaves_no_directory_behind(plan: Plan) -> None:
-    with pytest.raises(InputError, match="data: no file 'no-such-file.jsonl'"):
+    with pytest.raises(InputError, match=r"data: no file 'no-such-file\.jsonl'"):
         train(plan(data="no-such-file.jsonl"))
     assert not plan().out.exists()

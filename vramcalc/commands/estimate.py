@@ -56,7 +56,7 @@ def estimate(
     if not no_calibration:
         from vramcalc.calibrations import find_calibration
 
-        laws, name = find_calibration(calibration, setup)
+        laws, name, setup = find_calibration(calibration, setup)
     result = predict(setup, request=request, calibration=laws, calibration_name=name)
     if json_output:
         from reports.document import estimate_document, render_json

@@ -31,13 +31,13 @@ def fit(
     """Fit the laws of one device - memory, step time, checkpoints - to measured runs."""
     from estimator import laws
     from estimator.calibration_file import check_writable, default_path, to_document, write_calibration
-    from profiler.store import read_table
+    from profiler.stated import read_sized_table
 
     if out is not None:
         check_writable(out)
     runs, unreadable = [], []
     for table in tables:
-        found, skipped = read_table(table)
+        found, skipped = read_sized_table(table)
         runs += found
         unreadable += [(skip.run, skip.reason) for skip in skipped]
     calibration = laws.fit(runs, unreadable=unreadable, accelerator=accelerator, draws=draws)

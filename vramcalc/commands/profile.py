@@ -114,7 +114,7 @@ def _predicted_seconds(setup: Setup) -> float | None:
     from estimator.estimate import estimate
     from vramcalc.calibrations import find_calibration
 
-    laws, name = find_calibration(None, setup)
+    laws, name, _ = find_calibration(None, setup)
     time = estimate(setup, calibration=laws, calibration_name=name).time
     return None if time is None else time.step_seconds.value
 

@@ -91,7 +91,7 @@ def train(
         restart=restart,
     )
     here = replace(setup, accelerator=setup.accelerator or local_device().name)
-    laws, name = find_calibration(calibration, here)
+    laws, name, _ = find_calibration(calibration, here)
     try:
         with TrainDisplay() as display:
             result = run(

@@ -24,15 +24,13 @@ def validate(
     from estimator.estimate import estimate
     from estimator.validation import unreadable_row
     from estimator.validation import validate as score_rows
-    from profiler.stated import unstated_sizes
-    from profiler.store import read_table
+    from profiler.stated import read_sized_table
 
     laws = read_calibration(calibration) if calibration is not None else None
-    runs, skipped = read_table(table)
+    runs, skipped = read_sized_table(table)
     validation = score_rows(
         runs,
         functools.partial(estimate, calibration=laws),
-        unstated=unstated_sizes(table),
         unreadable=[unreadable_row(skip.run, "", skip.reason) for skip in skipped],
     )
     if json_output:
