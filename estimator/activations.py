@@ -182,7 +182,10 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
     vocab = shape.vocab / setup.tensor_parallel
     c = size.compute
     copy = 4.0 if c != 4 else 0.0
-    held = c if setup.framework == "torch-loop" else 0.0
+    # torch-loop holds the output by its procedure. On GPUs, published peaks of Trainer under autocast fit only if the
+    # half logits behind accelerate's fp32 conversion live on; FSDP's runs, and steps traced on a CPU, show no such thing.
+    converts = setup.framework == "hf-trainer" and size.autocast and setup.sharding != "fsdp"
+    held = c if setup.framework == "torch-loop" or (converts and not is_cpu(setup.accelerator)) else 0.0
     head_gradients = 0.0
     if setup.loss == "standard":
         forward = c + copy + 4
@@ -192,7 +195,9 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
         forward = c + 4 + (4 + 4) / 8
         backward = c + 4 + c + 8 / 8
         kept = c + 4.0
-    elif setup.loss in ("compiled", "fused-kernel"):  # one pass writes the gradient over or beside the logits
+    elif setup.loss == "fused-kernel":  # one kernel over the logits' fp32 copy, whose gradient is cast back
+        forward, backward, kept = c + copy, 2 * c + 4, 4.0
+    elif setup.loss == "compiled":  # one pass reads the logits and writes their gradient
         forward, backward, kept = c, 2 * c, c
     else:  # fused-linear, cut-cross-entropy: the logits never exist at once; the head's gradient does
         forward = backward = kept = 0.0

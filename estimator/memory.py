@@ -14,7 +14,7 @@ from estimator.hardware import is_cpu, workspace_bytes
 from estimator.result import Part
 from estimator.setup import Setup
 from estimator.shape import ModelShape
-from estimator.states import Placement, States, Widths, placement, states, widths
+from estimator.states import Placement, States, Widths, keeps_master_weights, placement, states, widths
 
 PHASES = ("forward", "backward", "optimizer", "evaluation")
 PART_NAMES = (
@@ -75,7 +75,8 @@ class _Ledger:
     @classmethod
     def of(cls, shape: ModelShape, setup: Setup) -> _Ledger:
         kept = states(shape, setup)
-        accumulates = setup.accumulation > 1 or setup.zero_grad == "zero"
+        # DeepSpeed's flat gradient buffer is never freed.
+        accumulates = setup.accumulation > 1 or setup.zero_grad == "zero" or keeps_master_weights(setup)
         return cls(
             shape=shape,
             setup=setup,
@@ -123,6 +124,9 @@ class _Ledger:
             # Nothing before the first adapter needs a gradient: the first norm keeps nothing.
             kept -= self.tokens * 4 * self.shape.hidden / self.setup.tensor_parallel
         if self.setup.checkpointing == "full":
+            if self.place.gathers and self.setup.method in ("lora", "dora", "qlora") and not self.shape.experts:
+                # Published FSDP peaks with adapters grow by two layers' activations, not one, and by no more logits.
+                largest, transient = 2 * largest, 2 * transient
             return inputs * self.in_flight, largest, transient
         if self.setup.checkpointing == "selective":
             return (inputs + (kept - inputs) * 0.5) * self.in_flight, largest * 0.5, transient
@@ -208,6 +212,11 @@ class _Ledger:
         )
 
     def _optimizer_temporaries(self) -> float:
+        if keeps_master_weights(self.setup):
+            # DeepSpeed casts its partition of the gradients to fp32 before torch's AdamW takes its square roots.
+            share = 0.0 if self.setup.offload else self.states.trainable * 4 / self.place.optimizer
+            table = self.states.embedding * self.size.compute if self.setup.sharding == "zero3" else 0.0
+            return share * (2 if self.setup.optimizer == "adamw" else 1) + table
         trained, shards = self.states.trainable * self.size.trained, self.place.optimizer
         if self.setup.optimizer == "adamw":
             if is_cpu(self.setup.accelerator):  # one tensor at a time: the square root and the scaled denominator
@@ -229,16 +238,27 @@ class _Ledger:
         kind, ranks = self.setup.sharding, self.setup.data_ranks
         if kind == "ddp" and ranks > 1:
             return self.states.trainable * self.size.trained  # torch's reducer: buckets beside the gradients
-        if kind in ("zero1", "zero2") and phase != "forward":
-            return min(2 * 5e8 * self.size.compute, 2 * self.states.trainable * self.size.compute)
+        if str(kind).startswith("zero") and phase in ("forward", "backward"):
+            return self._deepspeed_buffers(phase)
         if self.place.gathers:
             # Two layers gathered (the current one and the prefetched), and in backward one layer's full gradients.
             tables = self.states.embedding * (1 if self.shape.tied_embeddings else 2)
             layer = min(self.states.largest_layer, self.states.total)
-            gathered = self.size.compute * (2 * layer + tables)
-            reduced = self.states.gradient_width * layer if phase == "backward" else 0.0
+            trained = layer * self.states.trainable / self.states.total
+            gathered = self.size.compute * ((2 if trained == layer else 1) * layer + tables)
+            reduced = self.states.gradient_width * trained if phase == "backward" else 0.0
             return gathered + reduced if phase != "optimizer" else 0.0
         return 0.0
+
+    def _deepspeed_buffers(self, phase: str) -> float:
+        """ZeRO-3 keeps up to stage3_max_live_parameters gathered, and its largest table; ZeRO-1 and 2 reduce through
+        buckets of 5e8 elements (DeepSpeed's defaults; checked on published peaks of one card)."""
+        table = self.states.embedding * self.size.compute
+        if self.setup.sharding == "zero3":
+            return self.size.compute * min(self.states.total, 1e9) + table
+        if phase == "forward":
+            return 0.0
+        return self.size.compute * min(self.states.trainable, 5e8) + 2 * table
 
     def _phase(
         self, phase: str, *, gradients: float, activations: float = 0.0, logits: float = 0.0, temporaries: float = 0.0

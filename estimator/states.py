@@ -34,18 +34,25 @@ class Widths:
     """Autocast has wider weights to cast, and the casts live in the graph."""
 
 
+def keeps_master_weights(setup: Setup) -> bool:
+    """DeepSpeed's engine: the model itself is half, without autocast, and the optimizer holds fp32 master weights."""
+    return str(setup.sharding).startswith("zero") and setup.precision.endswith("-mixed")
+
+
 def widths(setup: Setup) -> Widths:
     """Element sizes that the precision implies. Quantized bases compute in the half precision that autocast names."""
-    half = setup.precision in ("bf16", "fp16")
-    mixed = setup.precision.endswith("-mixed")
+    half = setup.precision in ("bf16", "fp16") or keeps_master_weights(setup)
+    # FSDP's mixed precision gathers half copies of fp32 shards: the layers see half tensors only, and no autocast.
+    gathers_half = setup.sharding == "fsdp" and setup.precision.endswith("-mixed")
+    mixed = setup.precision.endswith("-mixed") and not half and not gathers_half
     weight = 2.0 if half else 4.0
-    compute = 2.0 if half or mixed else 4.0
+    compute = 2.0 if half or mixed or gathers_half else 4.0
     adapters = setup.method in ("lora", "dora", "qlora")
     trained = 4.0 if adapters else weight
     return Widths(
         weight=weight,
         compute=compute,
-        stream=weight,
+        stream=compute if gathers_half else weight,
         trained=trained,
         autocast=mixed or setup.autocast is not None,
         casts_weights=mixed,
@@ -165,11 +172,16 @@ def states(shape: ModelShape, setup: Setup) -> States:
     parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
     gradients = trainable * size.trained / place.gradients
     optimizer = trainable * optimizer_bytes_per_parameter(setup, size) / place.optimizer
+    if keeps_master_weights(setup):
+        optimizer = trainable * 12.0 / place.optimizer
+        gradients = trainable * 2.0 / place.gradients
     host = 0.0
     if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
         # Paged states are unified memory outside torch's allocator; ZeRO-Offload keeps fp32 master weights as well.
         host, optimizer = optimizer, 0.0
-        if setup.offload and size.trained == 2:
+        if keeps_master_weights(setup):
+            gradients = 0.0  # sent to the host bucket by bucket
+        if setup.offload and size.trained == 2 and not keeps_master_weights(setup):
             host += trainable * 12.0 / place.optimizer
     if setup.offload == "optimizer+parameters":
         host += parameters
@@ -206,7 +218,6 @@ def _parameter_bytes(
         return total * size.weight
     if not setup.base_quantization:
         return total * size.weight + trainable * size.trained
-    # peft's prepare_model_for_kbit_training keeps what is not quantized in fp32 (embeddings, norms, head).
+    # Embeddings, norms and head stay as they were loaded.
     rest = total - quantized
-    rest_width = 4.0 if setup.base_quantization.startswith("nf4") and setup.framework == "hf-trainer" else 2.0
-    return quantized * QUANTIZED_BYTES[setup.base_quantization] + rest * rest_width + trainable * size.trained
+    return quantized * QUANTIZED_BYTES[setup.base_quantization] + rest * size.weight + trainable * size.trained

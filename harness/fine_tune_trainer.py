@@ -5,18 +5,21 @@ Loads torch and transformers on import; import it where training happens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from estimator.errors import DoesNotFitError, InputError
 from harness.checkpoints import checkpoints, complete, discard, prune, staging_directory
+from harness.child_errors import explain_error
 from harness.plan import Schedule
 from harness.trainer import PhaseTrainer
 from harness.training_log import LogEntry, TrainingLog
@@ -40,6 +43,7 @@ class FineTuneTrainer(PhaseTrainer):
         log: TrainingLog,
         synchronize: Callable[[], None],
         is_traced: Callable[[], bool],
+        on_step_done: Callable[[int], None],
         on_entry: Callable[[LogEntry], None],
         **kwargs: Any,
     ) -> None:
@@ -49,6 +53,7 @@ class FineTuneTrainer(PhaseTrainer):
         self._training_log = log
         self._synchronize = synchronize
         self._is_traced = is_traced
+        self._on_step_done = on_step_done
         self._on_entry = on_entry
         self._saving = False
         self._best_on_disk: int | None = None
@@ -110,6 +115,7 @@ class FineTuneTrainer(PhaseTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._on_step_done(self.state.global_step)
         self._step_began = time.perf_counter()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -119,6 +125,19 @@ class FineTuneTrainer(PhaseTrainer):
         self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
         self.control.should_save = True
         return True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _readable(resume_from_checkpoint):
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(staging_directory(self._out)) if self._saving else super()._get_output_dir(trial)
@@ -157,6 +176,20 @@ class FineTuneTrainer(PhaseTrainer):
                 f"disk: a checkpoint takes {needed:,} B and {self._out} has {free:,} B free; free some, or write a "
                 "smaller --keep; the training goes on from its last checkpoint"
             )
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Trainer reads a checkpoint with safetensors, JSON and ``torch.load(weights_only=True)``; each raises its own."""
+    try:
+        yield
+    except Exception as error:
+        kind, reason = explain_error(error)
+        if kind == "oom":
+            raise
+        raise InputError(
+            f"out: {checkpoint} is damaged ({reason}); delete it to go on from the one before, or write --restart"
+        ) from error
 
 
 class _Moments(TrainerCallback):

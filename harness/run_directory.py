@@ -1,4 +1,4 @@
-"""The directory of one training: claimed by one process at a time, cleaned of what a kill left, begun anew on demand."""
+"""The directory of one training: claimed by one process at a time, cleaned of what a kill left."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _FILES = (RUN_FILE, LOG_FILE, RESULT_FILE)
 
 
 @contextlib.contextmanager
-def run_directory(out: Path, *, restart: bool) -> Iterator[None]:
+def run_directory(out: Path) -> Iterator[None]:
     """Makes ``out`` if need be and holds it: nobody else trains there meanwhile.
 
-    Leftovers of a killed run are removed; with ``restart`` its whole run. Nothing else in ``out`` is touched, and a
-    directory in which nothing was kept disappears again. Raises InputError where ``out`` cannot be written, is held,
-    or has checkpoints of another program.
+    Leftovers of a killed run are removed and nothing else is touched; a directory in which nothing was kept disappears
+    again. Raises InputError where ``out`` cannot be written, is held, or has checkpoints of another program.
     """
     made = not out.exists()
     try:
@@ -43,8 +42,6 @@ def run_directory(out: Path, *, restart: bool) -> Iterator[None]:
             raise InputError(f"out: another process is training in {out}; wait for it, or name another --out") from None
         if checkpoints(out) and not (out / RUN_FILE).exists():
             raise InputError(f"out: {out} holds checkpoints of another program; name another --out")
-        if restart:
-            _forget(out)
         remove_leftovers(out)
         for name in _FILES:
             for path in out.glob(f"{temporary_prefix(out / name)}*"):
@@ -57,7 +54,8 @@ def run_directory(out: Path, *, restart: bool) -> Iterator[None]:
             out.rmdir()
 
 
-def _forget(out: Path) -> None:
+def forget_run(out: Path) -> None:
+    """Removes the run in ``out``, and nothing else."""
     # The identity last: killed before that, the directory is still known to hold a run of ours.
     for checkpoint in checkpoints(out):
         discard(checkpoint.path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from estimator.errors import InputError, MissingError
+from harness.hub import settle_for_the_cache_without_a_network
 from harness.prompts import document
 from harness.stdlib_corpus import NAME as OFFLINE_NAME
 from harness.stdlib_corpus import corpus_path, stdlib_samples
@@ -149,6 +150,7 @@ def _from_hub(hub_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"data: {hub_id!r} looks like a hub id, which needs datasets; pip install 'vramcalc-toolkit[all]', or give a file"
         ) from None
     datasets.disable_progress_bars()
+    settle_for_the_cache_without_a_network()
     try:
         table = datasets.load_dataset(hub_id, split="train")
     except Exception as error:  # the library raises its own, the hub's, the network's and Python's errors

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.build import build_model, check_buildable
+from estimator.build import build_model, check_buildable, is_pretrained
 from estimator.catalog import resolve_model
 from estimator.errors import DoesNotFitError, InputError
 from estimator.result import Estimate
@@ -17,9 +17,10 @@ from harness.checkpoints import checkpoints, discard, staging_directory
 from harness.child_errors import explain_error
 from harness.data import load_tokens
 from harness.forecast import forecast, refuse_what_does_not_fit
+from harness.hub import settle_for_the_cache_without_a_network
 from harness.meters import memory_meter
 from harness.plan import TrainPlan, claim_identity, run_identity, schedule
-from harness.run_directory import MODEL_DIRECTORY, RESULT_FILE, run_directory
+from harness.run_directory import MODEL_DIRECTORY, RESULT_FILE, forget_run, run_directory
 from harness.samples import find_source
 from harness.tokenizer import text_tokenizer
 from harness.train_outcome import Measured, Run, outcome
@@ -72,10 +73,12 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     device = local_device()
     plan = dataclasses.replace(plan, setup=_local_setup(plan.setup, device))
+    if is_pretrained(plan.setup.model):
+        settle_for_the_cache_without_a_network()
     resolve_model(plan.setup.model)
     check_buildable(plan.setup)
     find_source(plan.data, cache=plan.cache)
-    with run_directory(plan.out, restart=plan.restart):
+    with run_directory(plan.out):
         data = load_tokens(
             plan.data,
             model=plan.setup.model,
@@ -93,6 +96,8 @@ def train(
         _check_arguments(plan)
         if not plan.force:
             refuse_what_does_not_fit(predicted, plan.out)
+        if plan.restart:
+            forget_run(plan.out)
         known = claim_identity(plan.out, run_identity(plan, steps, data))
         if known and (plan.out / RESULT_FILE).exists():
             return read_result(plan.out / RESULT_FILE)
@@ -169,16 +174,18 @@ def _trainer(run: Run, meter: MemoryMeter, log: TrainingLog, progress: _Progress
         args=arguments,
         train_dataset=Subset(run.data.train, range(run.steps.samples)),
         eval_dataset=Subset(run.data.evaluation, range(_evaluated(run))),
-        on_phase=tracer.enter,
+        on_phase=meter.enter,
         out=plan.out,
         steps=run.steps,
         keep=plan.keep,
         log=log,
         synchronize=meter.synchronize,
         is_traced=lambda: tracer.tracing,
+        on_step_done=tracer.step_done,
         on_entry=progress.entry,
     )
-    tracer.start(trainer)
+    assert trainer.model is not None
+    meter.start(trainer.model)
     return trainer
 
 
@@ -192,26 +199,17 @@ def _evaluated(run: Run) -> int:
 
 
 class _Tracer:
-    """Hands phases to the meter, and ends its tracing after the step that is the last to be traced."""
+    """Ends the meter's tracing between two steps, once the last step to be traced is done, its evaluation included."""
 
     def __init__(self, meter: MemoryMeter, last_step: int) -> None:
         self._meter = meter
         self._last_step = last_step
-        self._trainer: FineTuneTrainer | None = None
         self.tracing = True
 
-    def start(self, trainer: FineTuneTrainer) -> None:
-        self._trainer = trainer
-        assert trainer.model is not None
-        self._meter.start(trainer.model)
-
-    def enter(self, phase: str) -> None:
-        assert self._trainer is not None
-        # Ended as the next step begins, not as the last one ends: its evaluation may hold the peak.
-        if self.tracing and phase == "forward" and self._trainer.state.global_step >= self._last_step:
+    def step_done(self, step: int) -> None:
+        if self.tracing and step >= self._last_step:
             self._meter.end_tracing()
             self.tracing = False
-        self._meter.enter(phase)
 
 
 class _Progress:

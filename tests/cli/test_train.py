@@ -69,15 +69,17 @@ def flags(data: Path, out: Path, *more: str) -> list[str]:
 def test_a_training_prints_a_summary_and_predicted_against_measured_and_is_read_when_run_again(
     home: Path, data: Path, tmp_path: Path
 ) -> None:
-    done = train(home, *flags(data, tmp_path / "run"))
+    done = train(home, *flags(data, tmp_path / "run"), columns=80)
     assert done.returncode == 0, done.stderr
     assert "Trained nano for 8 steps (2 epochs of 8 sequences, 256 tokens) of story.jsonl" in done.stdout
     for quantity in ("peak allocated", "step time", "checkpoint", "training time"):
         assert quantity in done.stdout
     assert "expected: " in done.stderr and "step 8/8" in done.stderr
     assert "Traceback" not in done.stderr and "USDT" not in done.stderr and "it/s" not in done.stderr
-    assert max(map(len, done.stdout.split("\n\n")[1].splitlines())) <= 60
 
+    narrow = train(home, *flags(data, tmp_path / "run"), columns=60)
+    assert (narrow.returncode, narrow.stdout.splitlines()[0]) == (0, done.stdout.splitlines()[0])
+    assert max(map(len, narrow.stdout.split("\n\n")[1].splitlines())) <= 60
     again = train(home, *flags(data, tmp_path / "run", "--json"))
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,26 @@ def test_a_hub_data_set_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
     source = find_source("timdettmers/openassistant-guanaco")
     assert list(read_documents(source, "chat")) == [f"### Human: {i}### Assistant: {i + 1}" for i in range(3)]
     assert asked == [("timdettmers/openassistant-guanaco", "train")]
+
+
+def test_without_a_network_the_hub_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its libraries would retry five times, for 24 seconds."""
+    if importlib.util.find_spec("datasets") is None:
+        pytest.skip("datasets is not installed")
+    import datasets
+    import huggingface_hub
+
+    for owner in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(owner, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+
+    def no_name(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="'vramcalc/not-in-any-cache' is not to be had from the hub") as raised:
+        list(read_documents(find_source("vramcalc/not-in-any-cache"), "chat"))
+    assert time.perf_counter() - started < 5
+    assert "\n" not in str(raised.value)

@@ -33,25 +33,19 @@ def test_questions_name_what_is_asked_about_in_several_wordings(cache: Path) -> 
     assert len({sample["instruction"].split()[0] for sample in samples}) >= 4
 
 
-def test_it_comes_out_the_same_in_another_process(cache: Path, tmp_path: Path) -> None:
-    stdlib_samples(cache)
-    script = f"from pathlib import Path; from harness.stdlib_corpus import *; stdlib_samples(Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONHASHSEED": "7"})
-    assert corpus_path(tmp_path).read_bytes() == corpus_path(cache).read_bytes()
-
-
-def test_making_it_imports_none_of_the_library_that_acts_on_import(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_made_anew_the_same_in_another_process_without_importing_what_acts_on_import(
+    cache: Path, tmp_path: Path
+) -> None:
     """`antigravity` opens a browser, `this` prints, `turtle` and `tkinter` need a display."""
+    stdlib_samples(cache)
+    corpus_path(tmp_path).write_bytes(corpus_path(cache).read_bytes()[:-100])
     script = (
         "import sys\nfrom pathlib import Path\nfrom harness.stdlib_corpus import stdlib_samples\n"
         f"stdlib_samples(Path({str(tmp_path)!r}))\n"
         "print([name for name in ('antigravity', 'this', 'turtle', 'tkinter', 'torch') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": "7"}
+    )
     assert done.stdout == "[]\n"
-
-
-def test_a_damaged_cache_is_made_anew(cache: Path, tmp_path: Path) -> None:
-    whole = stdlib_samples(cache)
-    corpus_path(tmp_path).write_bytes(corpus_path(cache).read_bytes()[:-100])
-    assert stdlib_samples(tmp_path) == whole
+    assert corpus_path(tmp_path).read_bytes() == corpus_path(cache).read_bytes()

@@ -196,6 +196,53 @@ def test_another_plan_in_the_same_directory_is_refused_and_restart_overrides(pla
     assert result.steps == len([e for e in read_log(plan().out / "training_log.jsonl") if e.kind == "train"]) == 4
 
 
+def test_restarting_with_a_plan_that_is_refused_keeps_the_earlier_run(plan: Plan) -> None:
+    result = train(plan())
+    with pytest.raises(InputError, match="samples: "):
+        train(plan(samples=10**6, restart=True))
+    with pytest.raises(DoesNotFitError):
+        train(plan(setup={"model": "llama-3.1-70b"}, restart=True))
+    assert train(plan()) == result
+
+
+def test_resuming_reads_only_what_cannot_run_code(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(4, plan())
+    loaded: list[tuple[str, object]] = []
+    original = torch.load
+
+    def spy(file: Any, *args: Any, **options: Any) -> Any:
+        loaded.append((Path(file).name, options.get("weights_only")))
+        return original(file, *args, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    train(plan())
+    assert sorted(loaded) == [("optimizer.pt", True), ("rng_state.pth", True), ("scheduler.pt", True)]
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_one_clear_line(plan: Plan, name: str) -> None:
+    asked = plan()
+    interrupt_after(4, asked)
+    file = asked.out / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(InputError, match=r"out: .*checkpoint-4 is damaged \(.*\); delete it to go on") as raised:
+        train(asked)
+    assert "\n" not in str(raised.value)
+
+
+def interrupt_after(step: int, asked: TrainPlan) -> None:
+    """Trains until the step after this one, whose checkpoint is then there."""
+
+    def interrupt(progress: TrainProgress) -> None:
+        if progress.step > step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(asked, on_progress=interrupt)
+
+
 def test_what_cannot_fit_in_memory_is_refused_before_anything_is_built_or_kept(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from harness import checkpoints as on_disk
 from harness.checkpoints import checkpoints, complete, discard, prune, remove_leftovers, staging_directory
 from harness.data import TokenData
 from harness.plan import TrainPlan, claim_identity, run_identity, schedule
-from harness.run_directory import run_directory
+from harness.run_directory import forget_run, run_directory
 from harness.train_result import PredictedMeasured, TrainResult, read_result, write_result
 from harness.training_log import LogEntry, TrainingLog, median_step_seconds, overfit_epoch, read_log
 
@@ -329,31 +329,30 @@ def test_discarding_what_is_not_there_does_nothing(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path: Path) -> None:
     with (
-        run_directory(tmp_path / "run", restart=False),
+        run_directory(tmp_path / "run"),
         pytest.raises(InputError, match="another process is training in"),
-        run_directory(tmp_path / "run", restart=False),
+        run_directory(tmp_path / "run"),
     ):
         pass
 
 
 def test_a_directory_in_which_nothing_was_kept_disappears_again(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), run_directory(tmp_path / "run", restart=False):
+    with pytest.raises(RuntimeError), run_directory(tmp_path / "run"):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
     (tmp_path / "mine").mkdir()
-    with run_directory(tmp_path / "mine", restart=False):
+    with run_directory(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir()
 
 
 def test_checkpoints_of_another_program_are_not_touched(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
-    for restart in (False, True):
-        with (
-            pytest.raises(InputError, match="holds checkpoints of another program; name another --out"),
-            run_directory(tmp_path, restart=restart),
-        ):
-            pass
+    with (
+        pytest.raises(InputError, match="holds checkpoints of another program; name another --out"),
+        run_directory(tmp_path),
+    ):
+        pass
     assert files_of(tmp_path / "checkpoint-1") == ["model.safetensors", "optimizer.pt"]
 
 
@@ -362,17 +361,18 @@ def test_restarting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for name in ("run.json", "training_log.jsonl", "result.json", "notes.txt", ".training_log.jsonl.x7"):
         (tmp_path / name).write_text("{}")
-    with run_directory(tmp_path, restart=True):
+    with run_directory(tmp_path):
+        forget_run(tmp_path)
         assert files_of(tmp_path) == [".lock", "notes.txt"]
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory in which nobody can make one")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, where nobody can make a directory")
 def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/self/run")):
         with (
             pytest.raises(InputError, match=r"out: cannot write to .*; name a directory that can be written"),
-            run_directory(out, restart=False),
+            run_directory(out),
         ):
             pass
 
@@ -407,3 +407,12 @@ def test_a_damaged_result_is_one_clear_line(tmp_path: Path, content: str) -> Non
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(InputError, match=r"result\.json is damaged; write --restart"):
         read_result(tmp_path / "result.json")
+
+
+def test_the_summary_says_where_overfitting_starts_and_which_checkpoint_to_use(tmp_path: Path) -> None:
+    from reports.trained import summary_lines
+
+    said = "\n".join(summary_lines(result_of(), tmp_path))
+    assert "OVERFITTING after epoch 2" in said
+    assert f"Use {tmp_path / 'checkpoint-16'}." in said
+    assert "OVERFITTING" not in "\n".join(summary_lines(result_of(overfit_epoch=None), tmp_path))
