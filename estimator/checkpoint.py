@@ -110,13 +110,13 @@ def _optimizer_bytes(setup: Setup, tensors: tuple[TensorGroup, ...], trained: in
 
 
 def checkpoint_estimate(shape: ModelShape, setup: Setup, *, kept: int = 2) -> CheckpointEstimate:
-    """Bytes of one checkpoint and, for a run that keeps ``kept`` of them and the best, of the disk at its fullest: while
-    another is being written, with the final model beside them."""
+    """Bytes of one checkpoint and, for a run that keeps ``kept`` of them and the best, of the disk at its fullest: with the
+    newest one just written and the oldest not yet removed, and the final model beside them."""
     model, optimizer = checkpoint_bytes(shape, setup)
     total = model + optimizer + _REST_BYTES
     return CheckpointEstimate(
         bytes=total,
         model_bytes=model,
         optimizer_bytes=optimizer,
-        run_disk_bytes=(kept + 2) * total + model,
+        run_disk_bytes=(max(kept, 2) + 1) * total + model,
     )

@@ -136,5 +136,5 @@ def context_bytes(name: str | None) -> Interval:
     An A6000 with CUDA 13 takes 744,685,568 B (A+ rows); other generations are known only roughly.
     """
     if is_cpu(name):
-        return Interval(value=450e6, low=250e6, high=900e6)  # interpreter and libraries, resident
+        return Interval(value=425e6, low=250e6, high=700e6)  # interpreter and libraries, resident
     return Interval(value=745e6, low=400e6, high=1.3e9)
