@@ -116,11 +116,8 @@ def _norms(shape: ModelShape, setup: Setup, size: Widths, trains: bool) -> float
     """
     h = shape.hidden
     s, c = size.stream, size.compute
-    if shape.rms_norm:
-        # An fp32 stream is its own input; of a half stream norm keeps an fp32 copy.
-        per_norm = 4.0 + (s if trains else 0.0)
-    else:
-        per_norm = s
+    # An fp32 stream is its own fp32 input; of a half stream RMSNorm keeps a copy.
+    per_norm = 4.0 + (s if trains else 0.0) if shape.rms_norm else s
     copies = 0.0
     if trains:
         readers = (3, 2 if shape.gated else 1) if size.casts_weights else (1, 1)

@@ -175,10 +175,49 @@ def build_model(setup: Setup, *, seed: int = 0) -> torch.nn.Module:
         raise kind(f"model: cannot load {setup.model!r}: {_first_line(error)}") from None
     model.config.use_cache = False
     if setup.checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": setup.checkpoint_reentrant})
+        enable_checkpointing(model, setup)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         return _apply_method(model, setup)
+
+
+def build_empty_model(setup: Setup, *, layers: int | None = None) -> torch.nn.Module:
+    """The same model on the meta device, without memory or values: never with pretrained weights, and cut to its first
+    ``layers`` where given. Raises InputError and MissingError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = model_config(setup)
+    if layers is not None:
+        cut_depth(config, layers)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=weight_dtype(setup), trust_remote_code=False)
+    except (OSError, ImportError, ValueError) as error:
+        kind = MissingError if isinstance(error, ImportError) else InputError
+        raise kind(f"model: cannot build {setup.model!r}: {_first_line(error)}") from None
+    model.tie_weights()  # which is a part of initialising
+    model.config.use_cache = False
+    if setup.checkpointing == "full":
+        enable_checkpointing(model, setup)
+    with torch.device("meta"):
+        return _apply_method(model, setup)
+
+
+def enable_checkpointing(model: Any, setup: Setup) -> None:
+    """Recomputes every decoder layer in backward; transformers 5.2x renamed the switch."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": setup.checkpoint_reentrant})
+
+
+def cut_depth(config: Any, layers: int) -> None:
+    """Makes ``config`` (transformers') that of the same model with its first ``layers`` decoder layers."""
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(config, name, None)
+        if kinds is not None:
+            setattr(config, name, list(kinds)[:layers])
 
 
 def check_buildable(setup: Setup) -> None:
@@ -220,7 +259,7 @@ def _apply_method(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
     if setup.method == "full":
         return model
     if setup.method == "freeze":
-        layers = _decoder_layers(model)
+        layers = decoder_layers(model)
         assert setup.trainable_layers is not None
         if setup.trainable_layers > len(layers):
             raise InputError(
@@ -253,7 +292,8 @@ def _apply_method(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
     return cast("torch.nn.Module", get_peft_model(model, adapters))
 
 
-def _decoder_layers(model: torch.nn.Module) -> Any:
+def decoder_layers(model: torch.nn.Module) -> Any:
+    """The model's repeated layers: its largest list of modules."""
     import torch
 
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]

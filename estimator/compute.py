@@ -6,7 +6,6 @@ that; full checkpointing adds one forward. Attention's S x S products are counte
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from estimator.activations import layer_activations, logit_bytes

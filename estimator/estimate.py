@@ -157,18 +157,19 @@ def _reserved(setup: Setup, allocated: Interval) -> Interval:
         sharded = setup.sharding not in ("none", "ddp")
         more = (_CHECKPOINTED if setup.checkpointing != "none" else 0.0) + (_SHARDED if sharded else 0.0)
         share = Interval(value=share.value + more, low=share.low, high=share.high + 2 * more)
-    return Interval(
-        value=allocated.value * (1 + share.value),
-        low=allocated.low * (1 + share.low),
-        high=allocated.high * (1 + share.high),
+    return _whole(
+        allocated.value * (1 + share.value), allocated.low * (1 + share.low), allocated.high * (1 + share.high)
     )
 
 
 def _device(setup: Setup, reserved: Interval) -> Interval:
     context = context_bytes(setup.accelerator)
-    return Interval(
-        value=reserved.value + context.value, low=reserved.low + context.low, high=reserved.high + context.high
-    )
+    return _whole(reserved.value + context.value, reserved.low + context.low, reserved.high + context.high)
+
+
+def _whole(value: float, low: float, high: float) -> Interval:
+    """Whole bytes."""
+    return Interval(value=round(value), low=round(low), high=round(high))
 
 
 def _host(shape: ModelShape, setup: Setup, device: Interval) -> Interval:
@@ -179,7 +180,7 @@ def _host(shape: ModelShape, setup: Setup, device: Interval) -> Interval:
     processes = min(setup.accelerators, setup.gpus_per_node)
     model = count_parameters(shape).total * (2.0 if setup.precision in ("bf16", "fp16") else 4.0)
     fixed = processes * (2.5 * GB + persistent.host_optimizer)
-    return Interval(value=fixed + model, low=fixed * 0.5, high=1.3 * fixed + 2 * model)
+    return _whole(fixed + model, fixed * 0.5, 1.3 * fixed + 2 * model)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def states(shape: ModelShape, setup: Setup) -> States:
         layered = (count.layered - count.experts) / dense + count.experts / expert
         total = layered + tables
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
-    quantized = (count.attention + count.mlp + count.experts) / dense if setup.base_quantization else 0.0
+    quantized = (count.attention + count.mlp + count.experts + count.other) / dense if setup.base_quantization else 0.0
     parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
     gradients = trainable * size.trained / place.gradients
     optimizer = trainable * optimizer_bytes_per_parameter(setup, size) / place.optimizer

@@ -177,4 +177,4 @@ def test_the_python_api_says_the_same_as_the_command() -> None:
         vramcalc("estimate", "--model", "llama-3.1-8b", "--seq", "4096", "--gpu", "h100", "--json").stdout
     )
     assert api.estimate(setup).memory.peak_device_bytes.value == document["memory"]["peak_device_bytes"]["value"]
-    assert set(api.__all__) <= {name for name in dir(api)} | set(api._HOMES)
+    assert set(api.__all__) <= set(dir(api)) | set(api._HOMES)

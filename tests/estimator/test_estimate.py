@@ -40,7 +40,7 @@ def test_an_8b_model_in_full_does_not_fit_a_24_gib_card_and_a_half_b_does() -> N
     large = estimate(Setup(model="llama-3.1-8b", seq=512, accelerator="rtx-3090"))
     small = estimate(Setup(model="qwen1.5-0.5b", seq=512, accelerator="rtx-3090"))
     assert (large.fits.fits, small.fits.fits) == (False, True)
-    with pytest.raises(DoesNotFitError, match="RTX-3090 has 23.7 GiB"):
+    with pytest.raises(DoesNotFitError, match=r"RTX-3090 has 23\.7 GiB"):
         refuse_what_does_not_fit(large)
     refuse_what_does_not_fit(small)
 

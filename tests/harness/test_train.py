@@ -268,7 +268,7 @@ def test_checkpoints_that_would_fill_the_disk_are_refused_with_the_numbers_and_f
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: little)
     with pytest.raises(
-        DoesNotFitError, match=r"disk: checkpoints and model take 0\.06 GB \(0\.01 each\) and .* 0\.03 GB"
+        DoesNotFitError, match=r"disk: checkpoints and model take 0\.05 GB \(0\.01 each\) and .* 0\.03 GB"
     ):
         train(plan())
     assert not plan().out.exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from profiler.cpu_memory import (
@@ -116,21 +119,32 @@ def test_tied_weights_count_once() -> None:
     assert (apart, model_bytes(model)) == (2 * 64 * 64 * 4, 64 * 64 * 4)
 
 
+_RESERVED = """
+import torch
+from profiler.cpu_memory import CpuMemoryMeter
+MIB = 2**20
+before = torch.ones(64 * MIB, dtype=torch.uint8)
+meter = CpuMemoryMeter()
+model = torch.nn.Linear(1024, 1024)  # 4 MiB
+meter.start(model)
+during_tracing = torch.ones(128 * MIB, dtype=torch.uint8)
+del during_tracing
+meter.enter("forward")
+meter.end_tracing()
+held = torch.ones(32 * MIB, dtype=torch.uint8)
+meter.enter("backward")
+peaks = meter.stop()
+print(peaks.reserved_bytes // MIB, peaks.device_bytes > before.nbytes + held.nbytes)
+"""
+
+
 def test_reserved_memory_is_what_malloc_took_after_tracing_less_what_was_used_before_the_model() -> None:
-    before = torch.ones(64 * MIB, dtype=torch.uint8)
-    meter = CpuMemoryMeter()
-    model = torch.nn.Linear(1024, 1024)  # 4 MiB
-    meter.start(model)
-    during_tracing = torch.ones(128 * MIB, dtype=torch.uint8)
-    del during_tracing
-    meter.enter("forward")
-    meter.end_tracing()
-    held = torch.ones(32 * MIB, dtype=torch.uint8)
-    meter.enter("backward")
-    peaks = meter.stop()
-    assert peaks.reserved_bytes is not None
-    assert 36 * MIB <= peaks.reserved_bytes < 60 * MIB  # and what malloc keeps unused
-    assert peaks.device_bytes is not None and peaks.device_bytes > before.nbytes + held.nbytes
+    # In a process of its own: malloc keeps what others in this one have left unused.
+    done = subprocess.run([sys.executable, "-c", _RESERVED], capture_output=True, text=True, check=True, timeout=120)
+    reserved_mib, device_is_larger = done.stdout.split()
+    # 4 of the model and 32 held, and what malloc keeps unused; with the 64 from before or the 128 traced it were 100 or more.
+    assert 36 <= int(reserved_mib) < 100
+    assert device_is_larger == "True"
 
 
 def test_malloc_holds_what_it_gave_out_and_more() -> None:
