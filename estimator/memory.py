@@ -244,8 +244,9 @@ class _Ledger:
             # Two layers gathered (the current one and the prefetched), and in backward one layer's full gradients.
             tables = self.states.embedding * (1 if self.shape.tied_embeddings else 2)
             layer = min(self.states.largest_layer, self.states.total)
-            trained = layer * self.states.trainable / self.states.total
-            gathered = self.size.compute * ((2 if trained == layer else 1) * layer + tables)
+            adapters = self.setup.method in ("lora", "dora", "qlora")
+            trained = self.states.trainable / self.layers if adapters else layer
+            gathered = self.size.compute * ((1 if adapters else 2) * layer + tables)
             reduced = self.states.gradient_width * trained if phase == "backward" else 0.0
             return gathered + reduced if phase != "optimizer" else 0.0
         return 0.0
