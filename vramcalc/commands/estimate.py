@@ -35,6 +35,9 @@ def estimate(
         typer.Option("--calibration", help="Laws of `vramcalc fit`; else those saved for this accelerator."),
     ] = None,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="The formulas alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Memory from the real model code on fake tensors (needs torch).")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 if it does not fit the accelerator.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, in base units.")] = False,
 ) -> None:
@@ -57,7 +60,7 @@ def estimate(
         from vramcalc.calibrations import find_calibration
 
         laws, name, setup = find_calibration(calibration, setup)
-    result = predict(setup, request=request, calibration=laws, calibration_name=name)
+    result = predict(setup, request=request, calibration=laws, calibration_name=name, dry_run=dry_run)
     if json_output:
         from reports.document import estimate_document, render_json
 

@@ -17,6 +17,9 @@ def validate(
         Path | None,
         typer.Option("--calibration", help="Laws to use; without it the formulas alone, whatever is saved."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Memory by dry runs; rows that none executes are skipped (needs torch).")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the document vramcalc/validate/1.")] = False,
 ) -> None:
     """Predict every row of a table of measured runs, and score the predictions."""
@@ -30,7 +33,7 @@ def validate(
     runs, skipped = read_sized_table(table)
     validation = score_rows(
         runs,
-        functools.partial(estimate, calibration=laws),
+        functools.partial(estimate, calibration=laws, dry_run=dry_run),
         unreadable=[unreadable_row(skip.run, "", skip.reason) for skip in skipped],
     )
     if json_output:

@@ -1,0 +1,59 @@
+"""What a dry run found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryPhase:
+    """The highest moment of one phase, over all steps."""
+
+    phase: str
+    """``load``, ``forward``, ``backward``, ``optimizer``, ``evaluation`` or ``between``."""
+    peak_allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryHolder:
+    """What one module holds at the peak, in requested bytes."""
+
+    module: str
+    category: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelinePoint:
+    """A moment of the last step: requested bytes by category, in the order of ``DryRun.categories``."""
+
+    event: int
+    phase: str
+    bytes_by_category: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """Peaks and what made them. Bytes of one device; on a CPU ``reserved`` is ``allocated``."""
+
+    peak_allocated_bytes: int
+    """In the allocator's blocks: ``torch.cuda.max_memory_allocated``; on a CPU the tensors' own bytes."""
+    peak_reserved_bytes: int
+    """The allocator's segments: ``torch.cuda.max_memory_reserved``."""
+    peak_phase: str
+    categories_bytes: tuple[tuple[str, int], ...]
+    """At the peak of ``allocated``, by the names of ``estimator.memory.PART_NAMES``; their sum is the peak."""
+    phases: tuple[DryPhase, ...]
+    """In the order in which they first ran."""
+    holders: tuple[DryHolder, ...]
+    """The modules that hold the most at the peak, largest first."""
+    timeline: tuple[TimelinePoint, ...]
+    categories: tuple[str, ...]
+    peak_event: int
+    """Where in the timeline's events the peak is."""
+    retries: int
+    """How often the cache was emptied because the device was full."""
+    out_of_memory: str | None
+    """What the allocator said where the device was too small; the peaks are then those up to that moment."""
+    layers_run: int
+    """Decoder layers that were executed; the others' events are copies of theirs."""

@@ -1,0 +1,73 @@
+"""The entry of the dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from estimator.catalog import resolve_model
+from estimator.dryrun.result import DryRun
+from estimator.errors import InputError, MissingError
+from estimator.hardware import is_cpu
+from estimator.setup import Setup
+
+LAYERS_RUN = 5
+"""Decoder layers that determine the rest: two at each end and the one that is repeated."""
+
+
+def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, layers_run: int | None = LAYERS_RUN) -> DryRun:  # fmt: skip
+    """Executes ``steps`` optimizer steps of ``setup`` on fake tensors and replays their allocations.
+
+    capacity_bytes: what the device has for the allocator; ``None``: as much as it takes. layers_run: how many decoder
+    layers are executed where the model has more; ``None``: all. The result is the same, but for models whose layers are
+    not alike, which are run in full anyway. Raises InputError for what cannot be dry-run, MissingError without torch.
+    """
+    setup = setup.resolved()
+    check_dry_runnable(setup)
+    if setup.attention == "flash":  # the flash-attn package keeps what torch's flash kernel keeps
+        setup = dataclasses.replace(setup, attention="sdpa", attention_kernel="flash")
+    try:
+        from estimator.dryrun.depth import write_out
+        from estimator.dryrun.replay import replay
+        from estimator.dryrun.steps import depth, record
+    except ImportError as error:
+        raise MissingError(f"dry_run: needs {error.name}; pip install 'vramcalc-toolkit[all]'") from None
+    layers = depth(setup)
+    run = layers if layers_run is None or layers <= layers_run else layers_run
+    written = write_out(record(setup, steps=steps, layers=run), run=run, layers=layers)
+    if written is None:
+        run = layers
+        written = record(setup, steps=steps, layers=layers)
+    return replay(
+        written,
+        cuda=not is_cpu(setup.accelerator),
+        capacity_bytes=capacity_bytes,
+        expandable_segments=setup.expandable_segments,
+        empties_cache=setup.framework == "torch-loop",
+        layers_run=run,
+    )
+
+
+def check_dry_runnable(setup: Setup) -> None:
+    """Raises InputError for what the dry run does not execute (``setup`` resolved)."""
+    if resolve_model(setup.model).inferred:
+        raise InputError(f"params: {setup.model} names no model code to run; write --model NAME, or leave out --dry-run")
+    known = {
+        "framework": ("hf-trainer", "torch-loop"),
+        "method": ("full", "freeze", "lora", "dora"),
+        "optimizer": ("adamw", "adamw-fused", "adafactor", "sgd"),
+        "precision": ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"),
+        "sharding": ("none",),
+        "accelerators": (1,),
+        "loss": ("standard",),
+        "checkpointing": ("none", "full"),
+        "attention": ("eager", "sdpa", "flash"),
+        "offload": (None,),
+        "optimizer_in_backward": (False,),
+        "compile": (False,),
+        "base_quantization": (None,),
+    }
+    for name, values in known.items():
+        value = getattr(setup, name)
+        if value not in values:
+            choices = ", ".join(str(choice) for choice in values if choice is not None) or "nothing"
+            raise InputError(f"{name}: a dry run does not execute {value}; write {choices}, or leave out --dry-run")

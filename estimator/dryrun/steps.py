@@ -1,0 +1,237 @@
+"""The training steps that are dry-run, on fake tensors: the plain loop and transformers' Trainer. Loads torch on import."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from estimator.activations import builds_mask
+from estimator.build import build_empty_model, decoder_layers, model_config
+from estimator.dryrun.cuda_kernels import CudaFunctions
+from estimator.dryrun.events import Stream
+from estimator.dryrun.private_api import fake_mode, replaced, run_backward, steps_without_values
+from estimator.dryrun.tracker import Tracker
+from estimator.hardware import is_cpu, workspace_bytes
+from estimator.setup import Setup
+
+
+def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
+    """The events of ``steps`` optimizer steps of ``setup`` (resolved), with its model cut to ``layers`` decoder layers.
+
+    The model is built without weights, its parameters arriving on the device in the order of ``Module.to``.
+    Raises InputError as ``build_model``.
+    """
+    cpu = is_cpu(setup.accelerator)
+    model: Any = build_empty_model(setup, layers=layers)
+    model.train()
+    with fake_mode():
+        _place(model)
+        tracker = Tracker(
+            model,
+            decoder_layers(model),
+            vocab=model.config.get_text_config().vocab_size,
+            workspace_bytes=workspace_bytes(setup.accelerator) // 2,
+            cuda=not cpu,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_garbage_collection())
+            stack.enter_context(_module_hooks(tracker))
+            stack.enter_context(steps_without_values())
+            stack.enter_context(_masks(setup))
+            if not cpu:
+                stack.enter_context(CudaFunctions(setup.attention_kernel))
+            stack.enter_context(tracker)
+            _Loop(setup, model, tracker, cuda=not cpu).run(steps)
+        return tracker.stream
+
+
+def depth(setup: Setup) -> int:
+    """Decoder layers of the setup's model. Raises InputError as ``model_config``."""
+    return int(model_config(setup).get_text_config().num_hidden_layers)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """When cycles are collected depends on everything that the process did before."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _module_hooks(tracker: Tracker) -> Iterator[None]:
+    from torch.nn.modules import module as modules
+
+    handles = [
+        modules.register_module_forward_pre_hook(tracker.enter_module),
+        modules.register_module_forward_hook(tracker.leave_module, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _masks(setup: Setup) -> Iterator[None]:
+    """Whether a batch without padding gets an explicit mask is decided by its values, which fake tensors don't have.
+
+    transformers 4.57 takes a single sequence for a packed one (``builds_mask``), 5 looks and finds that it is not.
+    """
+    from transformers import masking_utils
+
+    explicit = builds_mask(setup) and (setup.batch == 1 or setup.attention_kernel is not None)
+    if explicit:
+        yield
+        return
+    with replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+class _Loop:
+    """One model and its optimizer, stepping. ``setup`` resolved."""
+
+    def __init__(self, setup: Setup, model: Any, tracker: Tracker, *, cuda: bool) -> None:
+        self._setup, self._model, self._tracker, self._cuda = setup, model, tracker, cuda
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            setup.autocast or {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}.get(setup.precision, "")
+        )
+
+    def run(self, steps: int) -> None:
+        tracker = self._tracker
+        tracker.begin("load")
+        _load(self._model, tracker)
+        ids = torch.empty(self._setup.batch, self._setup.seq, dtype=torch.int64)
+        tracker.recategorize(ids, "activations", "the batch")
+        for _ in range(steps):
+            for _ in range(self._setup.accumulation):
+                if self._setup.framework == "torch-loop":
+                    self._plain_micro_batch(ids)
+                else:
+                    self._trainer_micro_batch(ids)
+            tracker.begin("optimizer")
+            self._step()
+            tracker.begin("between")
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        if self._half is None:
+            yield
+            return
+        context = torch.autocast("cpu", dtype=self._half)
+        with context:
+            yield
+            # Its cache of cast weights, a hash map by address, is given up as the last context ends.
+            with self._tracker.deaths_in_order():
+                torch.clear_autocast_cache()
+
+    def _plain_micro_batch(self, ids: torch.Tensor) -> None:
+        self._tracker.begin("forward")
+        with self._autocast():
+            outputs = self._model(input_ids=ids, labels=ids)
+            loss = outputs.loss / self._setup.accumulation if self._setup.accumulation > 1 else outputs.loss
+        self._tracker.begin("backward")
+        run_backward(loss)
+        del outputs, loss
+        self._name_gradients()
+
+    def _trainer_micro_batch(self, ids: torch.Tensor) -> None:
+        self._tracker.begin("forward")
+        loss = self._trainer_loss(ids)
+        self._tracker.begin("backward")
+        run_backward(loss)
+        del loss
+        self._name_gradients()
+
+    def _trainer_loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """``Trainer.compute_loss``: the model as accelerate wraps it, which makes an fp32 copy of its outputs."""
+        with self._autocast():
+            outputs = self._model(input_ids=ids, labels=ids)
+        if self._half is not None:
+            from accelerate.utils.operations import convert_to_fp32
+
+            outputs = convert_to_fp32(outputs)
+        loss: torch.Tensor = outputs["loss"]
+        return loss / self._setup.accumulation if self._setup.accumulation > 1 else loss
+
+    def _name_gradients(self) -> None:
+        for parameter in self._trained:
+            if parameter.grad is not None:
+                self._tracker.recategorize(parameter.grad, "gradients")
+
+    def _step(self) -> None:
+        fresh = self._optimizer is None
+        if self._optimizer is None:
+            self._optimizer = self._build_optimizer()
+        if self._setup.framework == "hf-trainer":
+            torch.nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
+        # Only the fused optimizer keeps its step counters on the device.
+        self._tracker.host_scalars = self._setup.optimizer != "adamw-fused"
+        self._optimizer.step()
+        self._tracker.host_scalars = False
+        if fresh:
+            for state in self._optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        self._tracker.recategorize(value, "optimizer")
+        self._optimizer.zero_grad(set_to_none=self._setup.zero_grad != "zero")
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        """What torch would choose on the device, said explicitly: on fake tensors it would choose otherwise."""
+        kind, trained = self._setup.optimizer, self._trained
+        if kind == "sgd":
+            return torch.optim.SGD(trained, lr=1e-5, foreach=True)
+        if kind == "adafactor":
+            return torch.optim.Adafactor(trained, lr=1e-5, foreach=False)
+        if kind == "adamw":
+            # Trainer leaves the choice to torch, which is foreach on a GPU and one tensor at a time on a CPU.
+            foreach = self._cuda or self._setup.framework == "torch-loop"
+            return torch.optim.AdamW(trained, lr=1e-5, foreach=foreach, fused=False)
+        return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+
+def _place(model: torch.nn.Module) -> None:
+    """Moves a model from the meta device to the fake one; tensors that modules share stay shared."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in moved:
+            fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+            moved[id(tensor)] = fresh
+        return moved[id(tensor)]
+
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for own in tables:
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor):
+                    own[name] = move(value)
+
+
+def _load(model: torch.nn.Module, tracker: Tracker) -> None:
+    """Parameters and buffers in the order of ``Module.to``: a module's children before its own."""
+    seen: set[int] = set()
+    layer_of = {id(module): index for index, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
+
+    def visit(module: torch.nn.Module, name: str) -> None:
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                tracker.adopt(tensor, category="parameters", layer=layer_of.get(id(module)), holder=name)
+
+    visit(model, "")

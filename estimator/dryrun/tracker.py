@@ -1,0 +1,263 @@
+"""Sees every storage of fake tensors come and go, and writes the stream of events. Loads torch on import."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from estimator.dryrun.cuda_kernels import MATRIX_PRODUCTS, kernel_buffers
+from estimator.dryrun.events import Storage, Stream
+from estimator.dryrun.private_api import (
+    TorchDispatchMode,
+    creates_storage,
+    executing_node,
+    held_by_nobody_else,
+    next_sequence_number,
+)
+
+_aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
+_RNG_STATE_BYTES = 5056
+
+
+class Tracker(TorchDispatchMode):
+    """A dispatch mode over the fake one; ``stream`` is what it has seen.
+
+    layers: the model's repeated layers. vocab: the width that marks logits. workspace_bytes: what cuBLAS takes in each
+    thread that calls it; 0 for a CPU, whose kernels' own buffers are not modelled.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, layers: Sequence[torch.nn.Module], *, vocab: int, workspace_bytes: int, cuda: bool
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stream = Stream()
+        self.host_scalars = False
+        """Zero-dimensional tensors are on the host: an optimizer's step counters."""
+        self._vocab, self._workspace, self._cuda = vocab, workspace_bytes, cuda
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
+        self._layer_names = [self._names[id(layer)] for layer in layers]
+        self._layer_heads = {id(layer) for layer in layers}
+        self._last_layer = max(self._layer_of.values(), default=0)
+        self._live: dict[int, tuple[int, Any]] = {}
+        self._parameters: dict[int, str] = {}
+        self._creates: dict[Any, bool] = {}
+        self._layer: int | None = None
+        self._module = ""
+        self._starts: list[int] = []
+        self._started: list[int | None] = []
+        self._phase = "load"
+        self._threads: set[str] = set()
+        self._waiting: list[int] | None = None
+
+    # --- where the program is -------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """The next phase of the step."""
+        self._phase, self._layer, self._module = phase, None, ""
+        if phase == "forward":
+            self._starts, self._started = [], []
+        self.stream.begin(phase)
+
+    def enter_module(self, module: torch.nn.Module, _: Any) -> None:
+        """A forward pre-hook of every module."""
+        self._module = self._names.get(id(module), self._module)
+        if id(module) in self._layer_heads:
+            self._layer = self._layer_of[id(module)]
+            self._number(self._layer)
+
+    def leave_module(self, module: torch.nn.Module, *_: Any) -> None:
+        """A forward hook of every module."""
+        self._module = self._names.get(id(module), self._module).rpartition(".")[0]
+        if id(module) in self._layer_heads and self._layer == self._last_layer and self._phase != "backward":
+            self._layer = None
+            self._number(None)
+
+    def _number(self, layer: int | None) -> None:
+        """From here on autograd's nodes are this layer's."""
+        number = next_sequence_number()
+        if self._starts and number < self._starts[-1]:
+            return
+        self._starts.append(number)
+        self._started.append(layer)
+
+    def _locate(self) -> None:
+        node = executing_node()
+        if node is None:
+            return
+        number, parameter = node
+        if parameter is not None:
+            known = self._live.get(parameter.untyped_storage()._cdata)
+            self._layer = self.stream.storages[known[0]].layer if known else None
+            return
+        at = bisect_right(self._starts, number) - 1
+        self._layer = self._started[at] if at >= 0 else None
+
+    # --- storages -------------------------------------------------------------------------------------------------
+
+    def adopt(self, tensor: torch.Tensor, *, category: str, layer: int | None, holder: str) -> None:
+        """A tensor that exists already: a parameter, a buffer, the batch."""
+        self._record(tensor, category, layer, holder, layer)
+
+    def recategorize(self, tensor: torch.Tensor, category: str, holder: str | None = None) -> None:
+        """Now it is known what a tensor was for."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        if known is not None:
+            storage = self.stream.storages[known[0]]
+            storage.category = category
+            storage.holder = storage.holder if holder is None else holder
+
+    def category(self, tensor: torch.Tensor) -> str | None:
+        """What a tracked tensor is for."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else self.stream.storages[known[0]].category
+
+    def _record(
+        self, tensor: torch.Tensor, category: str, layer: int | None, holder: str, event_layer: int | None, grows: int = 0
+    ) -> None:  # fmt: skip
+        handle = tensor.untyped_storage()
+        key = handle._cdata
+        if key in self._live or not handle.nbytes():
+            return
+        index = self.stream.birth(
+            Storage(bytes=handle.nbytes(), category=category, layer=layer, holder=holder, per_layer_bytes=grows),
+            event_layer,
+        )
+        self._live[key] = (index, weakref.ref(handle, lambda _: self._died(key, index)))
+
+    @contextlib.contextmanager
+    def deaths_in_order(self) -> Iterator[None]:
+        """For deaths in an order that depends on addresses: they are written in the order of births."""
+        self._waiting = []
+        try:
+            yield
+        finally:
+            waiting, self._waiting = self._waiting, None
+            for index in sorted(waiting):
+                self._bury(index)
+
+    def _died(self, key: int, index: int) -> None:
+        del self._live[key]
+        if self._waiting is None:
+            self._bury(index)
+        else:
+            self._waiting.append(index)
+
+    def _bury(self, index: int) -> None:
+        layer = self._layer if self._layer is not None else self.stream.storages[index].layer
+        self.stream.death(index, layer)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        creates = self._creates.get(func)
+        if creates is None:
+            creates = self._creates[func] = creates_storage(func)
+        if not creates:
+            return func(*args, **kwargs)
+        if self._phase == "backward":
+            self._locate()
+            adds_gradients = func is _aten.add.Tensor and not torch.is_grad_enabled() and _same_kind(args)
+            # Autograd adds up the gradients of a tensor that was used twice, into the first where nobody else holds it.
+            if adds_gradients and held_by_nobody_else(args[0]):
+                return args[0].add_(args[1])
+        if self._workspace and func in MATRIX_PRODUCTS:
+            self._take_workspace()
+        found = func(*args, **kwargs)
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        for position, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor):
+                self._born(output, func, args, position)
+        if self._cuda:
+            self._buffers(kernel_buffers(func, args))
+        return found
+
+    def _born(self, tensor: torch.Tensor, func: Any, args: Any, position: int) -> None:
+        handle = tensor.untyped_storage()
+        if handle._cdata in self._live:
+            return
+        if self._cuda and (
+            (self.host_scalars and not tensor.dim())
+            or (handle.nbytes() == _RNG_STATE_BYTES and tensor.dtype == torch.uint8)
+        ):
+            return  # on the host
+        source = self._source(args, position)
+        layer = self._layer
+        grows = 0
+        if layer is None and source is not None and self._phase in ("optimizer", "between"):
+            layer = source.layer
+        if func is _aten.stack.default and self._phase == "optimizer":
+            # One element for each gradient: what each layer adds is known from the layer of the inputs.
+            own = [self._known(t) for t in args[0]]
+            grows = tensor.element_size() * sum(1 for s in own if s is not None and s.layer == 1)
+        self._record(tensor, self._categorize(tensor, func, source), layer, self._holder(layer), layer, grows)
+
+    def _holder(self, layer: int | None) -> str:
+        """The module at work; of backward's formulas only the layer is known."""
+        if self._phase == "backward" and not torch.is_grad_enabled():
+            return "" if layer is None else self._layer_names[layer]
+        return self._module
+
+    def _known(self, tensor: Any) -> Storage | None:
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else self.stream.storages[known[0]]
+
+    def _source(self, args: Any, position: int) -> Storage | None:
+        """What the first input is, of a list the one at the output's position."""
+        if not args:
+            return None
+        first = args[0]
+        if isinstance(first, (list, tuple)):
+            first = first[position] if position < len(first) else None
+        return self._known(first)
+
+    def _categorize(self, tensor: torch.Tensor, func: Any, source: Storage | None) -> str:
+        if self._phase == "optimizer" or self._phase == "between":
+            return "temporaries"
+        wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocab and self._layer is None
+        if wide and (source is None or source.category != "parameters"):
+            return "logits"
+        if func is _aten._to_copy.default and source is not None and source.category == "parameters":
+            return "temporaries"  # autocast's copy of a weight
+        if self._phase == "backward" and not torch.is_grad_enabled():
+            return "temporaries"
+        return "activations"
+
+    def _take_workspace(self) -> None:
+        thread = "backward" if self._phase == "backward" else "forward"
+        if thread in self._threads:
+            return
+        self._threads.add(thread)
+        self.stream.birth(
+            Storage(bytes=self._workspace, category="workspace", layer=None, holder=f"cuBLAS, {thread}"), self._layer
+        )
+
+    def _buffers(self, sizes: tuple[int, ...]) -> None:
+        born = [
+            self.stream.birth(
+                Storage(bytes=size, category="temporaries", layer=self._layer, holder=self._holder(self._layer)),
+                self._layer,
+            )
+            for size in sizes
+        ]
+        for index in reversed(born):
+            self.stream.death(index, self._layer)
+
+
+def _same_kind(args: Any) -> bool:
+    first, second = args[0], args[1]
+    return (
+        isinstance(second, torch.Tensor)
+        and first.shape == second.shape
+        and first.dtype == second.dtype
+        and first.dim() > 0
+    )
