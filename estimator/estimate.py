@@ -88,7 +88,11 @@ def estimate(
         ),
         memory=memory,
         fits=_with_host(
-            _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes), memory, request
+            _dry_fits(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
+            if dry_run
+            else _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes),
+            memory,
+            request,
         ),
         fits_on=_fits_on(shape, setup, request.reserve_bytes),
         time=time,
@@ -226,6 +230,24 @@ def _fits(accelerator: str | None, device: Interval, reserve_bytes: int, capacit
     capacity -= reserve_bytes
     margin = capacity - round(device.value)
     return FitEstimate(gpu=accelerator, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin)
+
+
+def _dry_fits(setup: Setup, device: Interval, reserve_bytes: int, capacity_bytes: int | None) -> FitEstimate:
+    """As ``_fits``; where the peak is beyond the capacity, the steps are replayed on a device of that size: the allocator
+    gives its cache back before it fails, and fragments may keep it from finding what is free in all."""
+    plain = _fits(setup.accelerator, device, reserve_bytes, capacity_bytes)
+    if plain.fits is not False or is_cpu(setup.accelerator):
+        return plain
+    from estimator.dryrun.run import dry_run
+
+    assert plain.capacity_bytes is not None
+    context = round(context_bytes(setup.accelerator).value)
+    found = dry_run(setup, capacity_bytes=max(plain.capacity_bytes - context, 0))
+    if found.out_of_memory is not None:
+        return plain
+    return dataclasses.replace(
+        plain, fits=True, margin_bytes=plain.capacity_bytes - context - found.peak_reserved_bytes
+    )
 
 
 def _with_host(fit: FitEstimate, memory: MemoryEstimate, request: RunRequest) -> FitEstimate:

@@ -50,7 +50,9 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
 def check_dry_runnable(setup: Setup) -> None:
     """Raises InputError for what the dry run does not execute (``setup`` resolved)."""
     if resolve_model(setup.model).inferred:
-        raise InputError(f"params: {setup.model} names no model code to run; write --model NAME, or leave out --dry-run")
+        raise InputError(
+            f"params: {setup.model} names no model code to run; write --model NAME, or leave out --dry-run"
+        )
     known = {
         "framework": ("hf-trainer", "torch-loop"),
         "method": ("full", "freeze", "lora", "dora"),
