@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -110,6 +111,8 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
     settings: dict[str, Any] = {}
     measurements: dict[str, Any] = {}
     stated = {name: value for name, value in row.items() if not _is_empty(value)}
+    if "lora_targets" in stated:
+        stated["lora_targets"] = _plain_targets(str(stated["lora_targets"]))
     if " or " in str(stated.get("attention_kernel", "")):  # "flash or efficient": the source does not know either
         del stated["attention_kernel"]
     label = str(stated.get("run", "?"))
@@ -129,6 +132,13 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
 def with_measurements(run: MeasuredRun, **values: Any) -> MeasuredRun:
     """A copy with some columns replaced."""
     return dataclasses.replace(run, **values)
+
+
+def _plain_targets(text: str) -> str | None:
+    """Module names as published tables write them: ``c_attn (DEFAULT)``, ``q_proj +MLP (flag)``, ``all linear``."""
+    plain = re.sub(r"\([^)]*\)", " ", text).replace("+", " ").replace("all linear", "all-linear")
+    names = [name.lower() if name == "MLP" else name for name in plain.split() if name != "DEFAULT"]
+    return " ".join(names) or None
 
 
 def _is_empty(value: Any) -> bool:

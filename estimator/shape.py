@@ -207,6 +207,7 @@ _LORA_NAMES = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"), "dense": ("o_proj",), "c_proj": ("o_proj", "down_proj"), "output_proj": ("o_proj",), "out_proj": ("o_proj",),
     "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",),
     "fc1": ("up_proj",), "fc2": ("down_proj",), "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",), "projection": ("o_proj",), "head": (), "lm_head": (),
     "all-linear": _LORA_ALL, "all": _LORA_ALL,
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from estimator.errors import InputError
+from estimator.measured import from_row
 from estimator.setup import Setup
 
 
@@ -69,3 +70,17 @@ def test_adapters_get_a_rank_and_qlora_a_quantization() -> None:
 def test_every_refused_choice_names_what_to_write_instead() -> None:
     with pytest.raises(InputError, match=re.escape("one of full, freeze, lora, dora, qlora")):
         Setup(model="nano", method="galore")
+
+
+@pytest.mark.parametrize(
+    ("written", "targets"),
+    [
+        ("c_attn (DEFAULT)", "c_attn"),
+        ("DEFAULT", None),
+        ("all linear", "all-linear"),
+        ("q_proj v_proj output_proj + MLP (apply_lora_to_mlp)", "q_proj v_proj output_proj mlp"),
+    ],
+)
+def test_adapter_targets_are_read_as_published_tables_write_them(written: str, targets: str | None) -> None:
+    row = {"run": "r1", "model": "llama-2-7b", "method": "lora", "lora_targets": written}
+    assert from_row(row).setup.lora_targets == targets
