@@ -42,6 +42,7 @@ _DRY_SOURCE = "dry run of the model's code on fake tensors, replayed through a m
 # each of these adds (medians of published reserved and device peaks: 1.02-1.12, 1.26, 1.2-1.45).
 _FRAGMENTATION = Interval(value=0.04, low=0.0, high=0.25)
 _CHECKPOINTED, _SHARDED = 0.12, 0.10
+_FRAGMENTS = 0.03
 _FRAGMENTATION_EXPANDABLE = Interval(value=0.01, low=0.0, high=0.10)
 # A CPU's allocator, the C library, with blocks of every size in one heap (profiled runs of the built-in models).
 _FRAGMENTATION_CPU = Interval(value=0.16, low=0.0, high=0.95)
@@ -71,7 +72,8 @@ def estimate(
 
         if not matches(calibration, setup.accelerator):
             calibration = None
-    memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration)
+    room = _room_bytes(setup, request.reserve_bytes, capacity_bytes)
+    memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration, room)
     time = _time(shape, setup, calibration)
     checkpoint = _checkpoint(shape, setup, calibration, request)
     return Estimate(
@@ -114,7 +116,7 @@ def _canonical(setup: Setup) -> Setup:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None) -> MemoryEstimate:
+def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None, room_bytes: int | None) -> MemoryEstimate:
     phases = memory_phases(shape, setup)
     if calibration is not None:
         from estimator import calibration as laws
@@ -122,12 +124,12 @@ def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None) ->
         fitted = laws.apply_memory(calibration, phases)
         if fitted is not None:
             allocated = fitted.peak_allocated_bytes
-            reserved = laws.apply_reserved(calibration, allocated) or _reserved(setup, allocated)
+            reserved = laws.apply_reserved(calibration, allocated) or _reserved(setup, allocated, room_bytes)
             device = laws.apply_device(calibration, allocated) or _device(setup, reserved)
             return _memory_estimate(shape, setup, "measured", fitted.phase, fitted.parts, allocated, reserved, device)
     peak = peak_phase(phases)
     allocated = _formula_interval(shape, setup, peak)
-    reserved = _reserved(setup, allocated)
+    reserved = _reserved(setup, allocated, room_bytes)
     device = _device(setup, reserved)
     return _memory_estimate(shape, setup, "formula", peak.phase, peak.parts, allocated, reserved, device)
 
@@ -140,7 +142,7 @@ def _dry_memory(shape: ModelShape, setup: Setup) -> MemoryEstimate:
     below, above = _DRY_RUN_CPU if is_cpu(setup.accelerator) else _DRY_RUN
     within = _whole(allocated, allocated * (1 - below), allocated * (1 + above))
     if is_cpu(setup.accelerator):
-        reserved = _reserved(setup, within)
+        reserved = _reserved(setup, within, None)
     else:
         # What the replay does not know: memory that other streams and libraries keep, and what came before the steps.
         replayed = float(found.peak_reserved_bytes)
@@ -182,7 +184,7 @@ def _formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Int
     return Interval.within(float(peak.bytes), below=width, above=width)
 
 
-def _reserved(setup: Setup, allocated: Interval) -> Interval:
+def _reserved(setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:
     if is_cpu(setup.accelerator):
         share = _FRAGMENTATION_CPU
     else:
@@ -191,8 +193,32 @@ def _reserved(setup: Setup, allocated: Interval) -> Interval:
         more = (_CHECKPOINTED if setup.checkpointing != "none" else 0.0) + (_SHARDED if sharded else 0.0)
         share = Interval(value=share.value + more, low=share.low, high=share.high + 2 * more)
     return _whole(
-        allocated.value * (1 + share.value), allocated.low * (1 + share.low), allocated.high * (1 + share.high)
+        *(
+            _within_room(bound * (1 + more), bound, room_bytes)
+            for bound, more in (
+                (allocated.value, share.value),
+                (allocated.low, share.low),
+                (allocated.high, share.high),
+            )
+        )
     )
+
+
+def _within_room(reserved: float, allocated: float, room_bytes: int | None) -> float:
+    """Where the device is full the allocator gives its cache back: what stays are the tensors and fragments among them."""
+    if room_bytes is None or reserved <= room_bytes:
+        return reserved
+    return max(float(room_bytes), min(reserved, allocated * (1 + _FRAGMENTS)))
+
+
+def _room_bytes(setup: Setup, reserve_bytes: int, capacity_bytes: int | None) -> int | None:
+    """What a GPU has for the allocator; ``None`` where that is unknown."""
+    if setup.accelerator is None or is_cpu(setup.accelerator):
+        return None
+    capacity = capacity_bytes or find_accelerator(setup.accelerator).usable_bytes
+    if capacity is None:
+        return None
+    return max(capacity - reserve_bytes - round(context_bytes(setup.accelerator).value), 0)
 
 
 def _device(setup: Setup, reserved: Interval) -> Interval:
@@ -283,15 +309,16 @@ def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEs
     """Every accelerator whose memory is known, smallest first, by the formula."""
     found = []
     by_workspace: dict[bool, Interval] = {}
+    """Allocated peaks: accelerators differ only in their libraries' workspaces."""
     for accelerator in accelerators().values():
         if accelerator.usable_bytes is None:
             continue
+        there = dataclasses.replace(setup, accelerator=accelerator.name)
         large = accelerator.large_workspace
         if large not in by_workspace:
-            there = dataclasses.replace(setup, accelerator=accelerator.name)
-            peak = peak_phase(memory_phases(shape, there))
-            by_workspace[large] = _device(there, _reserved(there, _formula_interval(shape, there, peak)))
-        found.append(_fits(accelerator.name, by_workspace[large], reserve_bytes, None))
+            by_workspace[large] = _formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
+        reserved = _reserved(there, by_workspace[large], _room_bytes(there, reserve_bytes, None))
+        found.append(_fits(accelerator.name, _device(there, reserved), reserve_bytes, None))
     return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
 
 
