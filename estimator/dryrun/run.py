@@ -64,7 +64,6 @@ def check_dry_runnable(setup: Setup) -> None:
         "checkpointing": ("none", "full"),
         "attention": ("eager", "sdpa", "flash"),
         "offload": (None,),
-        "optimizer_in_backward": (False,),
         "compile": (False,),
         "base_quantization": (None,),
     }

@@ -114,15 +114,34 @@ class _Loop:
         _load(self._model, tracker)
         ids = torch.empty(self._setup.batch, self._setup.seq, dtype=torch.int64)
         tracker.recategorize(ids, "activations", "the batch")
+        if self._setup.optimizer_in_backward:
+            for parameter in self._trained:
+                self._step_in_backward(parameter)
         for _ in range(steps):
             for _ in range(self._setup.accumulation):
                 if self._setup.framework == "torch-loop":
                     self._plain_micro_batch(ids)
                 else:
                     self._trainer_micro_batch(ids)
-            tracker.begin("optimizer")
-            self._step()
+            if not self._setup.optimizer_in_backward:
+                tracker.begin("optimizer")
+                self._step()
             tracker.begin("between")
+        del ids
+        if self._setup.eval_batch is not None:
+            self._evaluate(self._setup.eval_batch)
+
+    def _evaluate(self, sequences: int) -> None:
+        """``Trainer.prediction_step`` with ``prediction_loss_only``: the outputs, logits included, live until it returns."""
+        self._model.eval()
+        self._tracker.begin("evaluation")
+        ids = torch.empty(sequences, self._setup.seq, dtype=torch.int64)
+        self._tracker.recategorize(ids, "activations", "the batch")
+        with torch.no_grad():
+            outputs = self._outputs(ids)
+            del outputs
+        self._tracker.begin("between")
+        self._model.train()
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -156,14 +175,17 @@ class _Loop:
 
     def _trainer_loss(self, ids: torch.Tensor) -> torch.Tensor:
         """``Trainer.compute_loss``: the model as accelerate wraps it, which makes an fp32 copy of its outputs."""
+        loss: torch.Tensor = self._outputs(ids)["loss"]
+        return loss / self._setup.accumulation if self._setup.accumulation > 1 else loss
+
+    def _outputs(self, ids: torch.Tensor) -> Any:
         with self._autocast():
             outputs = self._model(input_ids=ids, labels=ids)
-        if self._half is not None:
+        if self._half is not None and self._setup.framework == "hf-trainer":
             from accelerate.utils.operations import convert_to_fp32
 
             outputs = convert_to_fp32(outputs)
-        loss: torch.Tensor = outputs["loss"]
-        return loss / self._setup.accumulation if self._setup.accumulation > 1 else loss
+        return outputs
 
     def _name_gradients(self) -> None:
         for parameter in self._trained:
@@ -173,23 +195,39 @@ class _Loop:
     def _step(self) -> None:
         fresh = self._optimizer is None
         if self._optimizer is None:
-            self._optimizer = self._build_optimizer()
+            self._optimizer = self._build_optimizer(self._trained)
         if self._setup.framework == "hf-trainer":
             torch.nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
+        self._update(self._optimizer, fresh=fresh)
+        self._optimizer.zero_grad(set_to_none=self._setup.zero_grad != "zero")
+
+    def _update(self, optimizer: torch.optim.Optimizer, *, fresh: bool) -> None:
         # Only the fused optimizer keeps its step counters on the device.
         self._tracker.host_scalars = self._setup.optimizer != "adamw-fused"
-        self._optimizer.step()
+        optimizer.step()
         self._tracker.host_scalars = False
         if fresh:
-            for state in self._optimizer.state.values():
+            for state in optimizer.state.values():
                 for value in state.values():
                     if isinstance(value, torch.Tensor):
                         self._tracker.recategorize(value, "optimizer")
-        self._optimizer.zero_grad(set_to_none=self._setup.zero_grad != "zero")
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
+    def _step_in_backward(self, parameter: torch.nn.Parameter) -> None:
+        """One optimizer for each parameter, as torchtune has it: it steps as soon as the gradient is there, which is then
+        dropped. Nothing clips."""
+        optimizer = self._build_optimizer([parameter])
+
+        def step(owner: torch.Tensor) -> None:
+            if owner.grad is not None:
+                self._tracker.recategorize(owner.grad, "gradients")
+            self._update(optimizer, fresh=not optimizer.state)
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+
+    def _build_optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """What torch would choose on the device, said explicitly: on fake tensors it would choose otherwise."""
-        kind, trained = self._setup.optimizer, self._trained
+        kind = self._setup.optimizer
         if kind == "sgd":
             return torch.optim.SGD(trained, lr=1e-5, foreach=True)
         if kind == "adafactor":

@@ -19,7 +19,7 @@ from estimator.memory import PART_NAMES
 from estimator.setup import Setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cpu_truth import measured_peaks  # noqa: E402
+from cpu_truth import measured_peaks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -1,0 +1,126 @@
+"""The dry run beyond a plain step, against real execution on this CPU: evaluation, optimizers in backward."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estimator.build import build_model
+from estimator.dryrun.result import DryRun
+from estimator.dryrun.run import dry_run
+from estimator.setup import Setup
+from profiler.memory import MemoryPeaks
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def _setup(**values: Any) -> Setup:
+    return Setup(**({"model": "nano", "precision": "fp32", "seq": 64, "batch": 2, "accelerator": "cpu"} | values)).resolved()  # fmt: skip
+
+
+def _phase(found: DryRun, name: str) -> int:
+    return next(phase.peak_allocated_bytes for phase in found.phases if phase.phase == name)
+
+
+def _evaluated(setup: Setup) -> MemoryPeaks:
+    """Two steps of Trainer and an evaluation of one batch."""
+    import numpy as np
+    import torch
+
+    from harness.token_dataset import TokenDataset
+    from harness.trainer import PhaseTrainer, training_arguments
+    from profiler.cpu_memory import CpuMemoryMeter
+
+    torch.manual_seed(0)
+    model = build_model(setup)
+    random = np.random.default_rng(0)
+    assert setup.eval_batch is not None
+    data, held_out = (
+        TokenDataset(random.integers(0, model.config.vocab_size, (count, setup.seq)), None, length=count, seed=0)
+        for count in (2 * setup.batch, setup.eval_batch)
+    )
+    meter = CpuMemoryMeter()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = training_arguments(setup, output_dir=Path(scratch), max_steps=2, prediction_loss_only=True)
+        trainer = PhaseTrainer(model=model, args=arguments, train_dataset=data, on_phase=meter.enter)
+        meter.start(model)
+        trainer.train()
+        trainer.evaluate(eval_dataset=held_out)
+    return meter.stop()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eval_batch": 8},
+        {"eval_batch": 8, "precision": "bf16-mixed"},
+        {"eval_batch": 6, "precision": "bf16", "checkpointing": "full"},
+        {"eval_batch": 8, "precision": "bf16", "autocast": "bf16", "method": "lora"},
+        {"eval_batch": 8, "model": "nano-llama", "optimizer": "sgd"},
+    ],
+    ids=str,
+)
+def test_a_real_evaluation_peaks_where_the_dry_run_says(values: dict[str, Any]) -> None:
+    setup = _setup(**values)
+    measured = next(p.allocated_bytes for p in _evaluated(setup).phases if p.phase == "evaluation")
+    assert _phase(dry_run(setup), "evaluation") == pytest.approx(measured, rel=0.002)
+
+
+def _stepped_in_backward(setup: Setup) -> MemoryPeaks:
+    """Two steps in which a hook of each parameter steps its optimizer and drops its gradient."""
+    import torch
+
+    from harness.torch_loop import LEARNING_RATE
+    from profiler.cpu_memory import CpuMemoryMeter
+
+    torch.manual_seed(0)
+    model: Any = build_model(dataclasses.replace(setup, optimizer_in_backward=False)).train()
+    optimizers = {p: torch.optim.AdamW([p], lr=LEARNING_RATE, foreach=True) for p in model.parameters()}
+
+    def step(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    ids = torch.randint(0, model.config.vocab_size, (setup.batch, setup.seq))
+    meter = CpuMemoryMeter()
+    meter.start(model)
+    for _ in range(2):
+        meter.enter("forward")
+        outputs = model(input_ids=ids, labels=ids)
+        meter.enter("backward")
+        outputs.loss.backward()
+        del outputs
+        meter.enter("between")
+    return meter.stop()
+
+
+@pytest.mark.parametrize("values", [{}, {"precision": "bf16", "checkpointing": "full"}, {"model": "nano-llama"}], ids=str)  # fmt: skip
+def test_real_steps_in_backward_peak_where_the_dry_run_says(values: dict[str, Any]) -> None:
+    setup = _setup(framework="torch-loop", optimizer="adamw", optimizer_in_backward=True, **values)
+    measured = max(p.allocated_bytes for p in _stepped_in_backward(setup).phases)
+    found = dry_run(setup)
+    # The batch of this loop exists before the meter: 1 KiB.
+    assert found.peak_allocated_bytes == pytest.approx(measured, rel=0.002)
+    assert all(phase.phase != "optimizer" for phase in found.phases)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eval_batch": 16, "precision": "bf16-mixed"},
+        {"optimizer_in_backward": True, "precision": "bf16", "checkpointing": "full"},
+    ],
+    ids=str,
+)
+def test_variants_written_out_are_the_full_model_to_the_byte(values: dict[str, Any]) -> None:
+    setup = Setup(**({"model": "base", "seq": 256, "batch": 2, "accelerator": "RTX-3090"} | values))
+    few, all_layers = dry_run(setup), dry_run(setup, layers_run=None)
+    assert few.layers_run < all_layers.layers_run
+    assert few.phases == all_layers.phases
+    assert few.peak_reserved_bytes == all_layers.peak_reserved_bytes
