@@ -234,6 +234,9 @@ def _shape_from_hub(model: str) -> ModelShape:
             f"model: {model!r} looks like a hub id, which needs huggingface_hub; pip install 'vramcalc-toolkit[all]', "
             "or give a config.json"
         ) from None
+    from estimator.hub import settle_for_the_cache_without_a_network
+
+    settle_for_the_cache_without_a_network()
     try:
         return shape_from_config_file(Path(hf_hub_download(model, "config.json")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

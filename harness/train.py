@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from estimator.build import build_model, check_buildable, is_pretrained
 from estimator.catalog import resolve_model
 from estimator.errors import DoesNotFitError, InputError
+from estimator.hub import settle_for_the_cache_without_a_network
 from estimator.result import Estimate
 from estimator.setup import Setup
 from harness.checkpoints import checkpoints, discard, staging_directory
 from harness.child_errors import explain_error
 from harness.data import load_tokens
 from harness.forecast import forecast, refuse_what_does_not_fit
-from harness.hub import settle_for_the_cache_without_a_network
 from harness.meters import memory_meter
 from harness.plan import TrainPlan, claim_identity, run_identity, schedule
 from harness.run_directory import MODEL_DIRECTORY, RESULT_FILE, forget_run, run_directory

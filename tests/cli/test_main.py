@@ -178,3 +178,11 @@ def test_the_python_api_says_the_same_as_the_command() -> None:
     )
     assert api.estimate(setup).memory.peak_device_bytes.value == document["memory"]["peak_device_bytes"]["value"]
     assert set(api.__all__) <= set(dir(api)) | set(api._HOMES)
+
+
+def test_a_hub_model_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A name that never resolves stands for the missing network.
+    environment = {"PATH": "", "HF_ENDPOINT": "https://hub.invalid", "HOME": "/nonexistent"}
+    done = vramcalc("estimate", "--model", "someone/something-9b", env=environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: model: 'someone/something-9b'") and len(done.stderr.strip().splitlines()) == 1
