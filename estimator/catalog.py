@@ -54,13 +54,17 @@ def resolve_model(model: str) -> ModelShape:
     id of a model in the local hub cache. Raises InputError with the nearest names otherwise.
     """
     text = model.strip()
-    if text[:1].isdigit() or text[:1] in "+-.":
-        return infer_shape(parse_count(text, "params"))
+    if text.startswith(tuple("0123456789+-.")) and "/" not in text:
+        try:
+            return infer_shape(parse_count(text, "params"))
+        except InputError:
+            if not Path(text).exists():
+                raise
     name = text.lower()
     if name not in _rows():
         name = name.rsplit("/", 1)[-1].removesuffix("-hf")
         name = name.removesuffix("-instruct") if name.removesuffix("-instruct") in _rows() else name
-    if name in _rows() and not Path(text).exists():
+    if text.lower() in _rows() or (name in _rows() and not Path(text).exists()):
         return _shape_of(name)
     path = Path(text).expanduser()
     if path.exists() or text.endswith(".json") or text.startswith((".", "/", "~")):

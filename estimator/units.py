@@ -15,6 +15,8 @@ _BYTE_UNITS: dict[str, float] = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 }  # fmt: skip
 _COUNT_UNITS: dict[str, float] = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_MOST = 1e24
+"""Beyond every count and size that anyone could mean, and far from where products of several would overflow."""
 _NUMBER = re.compile(r"([0-9]+(?:[_,][0-9]{3})*(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
@@ -23,7 +25,10 @@ def _parse(text: str, field: str, units: dict[str, float], example: str) -> floa
     scale = units.get(match[2].lower()) if match else None
     if match is None or scale is None:
         raise InputError(f"{field}: {text!r} is not a number I can read; write for example {example}")
-    return float(match[1].replace("_", "").replace(",", "")) * scale
+    number = float(match[1].replace("_", "").replace(",", "")) * scale
+    if number > _MOST:
+        raise InputError(f"{field}: {text!r} is too large; write for example {example}")
+    return number
 
 
 def parse_bytes(text: str, field: str) -> int:

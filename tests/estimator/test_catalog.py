@@ -159,3 +159,17 @@ def test_every_family_of_the_catalog_says_how_it_is_built_or_that_it_cannot_be()
     assert transformers_class("grok") is None
     with pytest.raises(InputError, match="no class that builds"):
         model_config(Setup(model="grok-1-314b"))
+
+
+def test_a_path_that_begins_with_a_dot_or_a_digit_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory in ("plain", "7b-model"):
+        model_config(Setup(model="nano")).save_pretrained(tmp_path / directory)
+    nano = count_parameters(resolve_model("nano")).total
+    for text in ("./plain", "./plain/config.json", "7b-model", "plain/../7b-model/config.json"):
+        assert count_parameters(resolve_model(text)).total == nano, text
+
+
+def test_a_count_beyond_all_sense_is_one_line() -> None:
+    with pytest.raises(InputError, match="too large"):
+        resolve_model("9" * 30)
