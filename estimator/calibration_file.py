@@ -42,7 +42,7 @@ def check_writable(path: Path) -> None:
     """Raises InputError where a file cannot be written at ``path``, before the work whose result it is to hold."""
     try:
         if path.is_dir():
-            raise InputError(f"out: {path} is a directory; write a file, for example {path / 'calibration.json'}")
+            raise InputError(f"out: {path} is a directory; write a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -38,10 +38,15 @@ class RunRequest:
     def __post_init__(self) -> None:
         if self.dataset_tokens is not None and self.samples is not None:
             raise InputError("samples: give --samples or --dataset-tokens, not both")
-        for name in ("dataset_tokens", "samples", "epochs", "kept_checkpoints", "host_memory_bytes"):
-            value = getattr(self, name)
+        for flag, value in (
+            ("dataset_tokens", self.dataset_tokens),
+            ("samples", self.samples),
+            ("epochs", self.epochs),
+            ("keep", self.kept_checkpoints),
+            ("host_memory", self.host_memory_bytes),
+        ):
             if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: {value} is out of range; write a number above 0")
+                raise InputError(f"{flag}: {value} is out of range; write a number above 0")
         if self.price_usd_per_gpu_hour is not None and not 0 <= self.price_usd_per_gpu_hour < 1e6:
             raise InputError(
                 f"price: {self.price_usd_per_gpu_hour} is no price; write dollars for one GPU-hour, --price 2.50"

@@ -181,7 +181,7 @@ def _formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Int
     known = setup.framework in ("hf-trainer", "torch-loop")
     width = _KNOWN_FRAMEWORK if known else _OTHER_FRAMEWORK
     width += (_SEVERAL_DEVICES if setup.accelerators > 1 else 0.0) + (_INFERRED_SHAPE if shape.inferred else 0.0)
-    return Interval.within(float(peak.bytes), below=width, above=width)
+    return Interval.within(peak.bytes, below=width, above=width)
 
 
 def _reserved(setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:

@@ -153,6 +153,11 @@ def _convert(name: str, value: Any) -> Any:
         number = float(value)
         if not math.isfinite(number) or (number < 0 and name != "final_loss"):
             raise ValueError
+        # Neither a table's column nor an array that the laws are fitted to holds a whole number of more than 64 bits.
+        if kind is int and number >= 2**63:
+            raise ValueError
         return kind(number)
     except (TypeError, ValueError):
-        raise InputError(f"{name}: {value!r} is not a non-negative number") from None
+        raise InputError(
+            f"{name}: {value!r} is not a non-negative number{' below 2^63' if kind is int else ''}"
+        ) from None

@@ -180,6 +180,9 @@ def setting_types() -> dict[str, type]:
     return {spec.name: names[str(spec.type).removesuffix(" | None")] for spec in fields(Setup)}
 
 
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "text"}
+
+
 def convert(name: str, value: Any) -> Any:
     """One setting's value from text or a number, as the type that the setting has. Raises InputError."""
     kind = setting_types()[name]
@@ -192,6 +195,8 @@ def convert(name: str, value: Any) -> Any:
         if answer is None:
             raise InputError(f"{name}: {value!r} is neither true nor false")
         return answer
+    if isinstance(value, bool | list | tuple | dict):
+        raise InputError(f"{name}: {value!r} is not {_KIND_NAMES[kind]}")
     if kind is str:
         return str(value)
     try:
@@ -200,7 +205,11 @@ def convert(name: str, value: Any) -> Any:
             raise ValueError
         return kind(number)
     except (ValueError, OverflowError, TypeError):
-        raise InputError(f"{name}: {value!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        raise InputError(f"{name}: {value!r} is not {_KIND_NAMES[kind]}") from None
+
+
+_MOST = 10**12
+"""Of every count: products of several stay far from where floating-point numbers end."""
 
 
 def _check(spec: dataclasses.Field[Any], value: Any) -> None:
@@ -212,5 +221,7 @@ def _check(spec: dataclasses.Field[Any], value: Any) -> None:
         raise InputError(f"{spec.name}: {value!r} is not known; write {flag} with one of {', '.join(choices)}")
     if minimum is not None and value < minimum:
         raise InputError(f"{spec.name}: {value} is too small; write {flag} {minimum} or more")
-    if spec.name == "internode_gbps" and not value > 0:
-        raise InputError(f"{spec.name}: {value} is too small; write {flag} with Gbit/s above 0")
+    if minimum is not None and value > _MOST:
+        raise InputError(f"{spec.name}: {value:.3g} is too large; write {flag} {_MOST} or less")
+    if spec.name == "internode_gbps" and not 1e-3 <= value <= 1e9:
+        raise InputError(f"{spec.name}: {value} is out of range; write {flag} with Gbit/s, 0.001 to 1e9")

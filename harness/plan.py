@@ -56,6 +56,8 @@ class TrainPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: {value} is too small; write --{name.replace('_', '-')} 1 or more")
+        if self.setup.seq < 2:
+            raise InputError("seq: in a sequence of 1 token there is no next one to learn; write --seq 2 or more")
         if self.samples is not None and self.dataset_tokens is not None:
             raise InputError("dataset_tokens: means the same as samples; write --dataset-tokens or --samples, not both")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

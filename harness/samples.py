@@ -67,6 +67,11 @@ def read_documents(source: Source, prompt_format: str, *, cache: Path | None = N
     for where, sample in _samples(source, cache):
         try:
             text = document(sample, prompt_format)
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"data: {where} holds half of a surrogate pair, which is no character; write the whole one"
+            ) from None
         except InputError as error:
             if str(error).startswith("prompt_format"):
                 raise

@@ -6,6 +6,8 @@ sold and file managers count). The text is ASCII, so that it can be printed anyw
 
 from __future__ import annotations
 
+import math
+
 from estimator.units import GB, GIB, KB, KIB, MB, MIB, TB, Interval
 
 MEMORY_UNITS: tuple[tuple[float, str], ...] = ((1, "B"), (KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB"))
@@ -28,6 +30,8 @@ def digits(value: float, significant: int = 3) -> str:
     """
     if value == 0:
         return "0"
+    if not math.isfinite(value):  # the inverse of what is next to nothing
+        return str(value)
     scientific = f"{value:.{significant - 1}e}"
     exponent = int(scientific.split("e")[1])
     if not -6 <= exponent < 15:

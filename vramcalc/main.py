@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ def _named_only() -> None:
 def run(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs one command and exits with the code that DESIGN.md gives each kind of end."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names from elsewhere may hold what a terminal's encoding has not
     wanted = next((word for word in given if not word.startswith("-")), None)
     sys.exit(_guard(lambda: make_app(wanted)(args=given, standalone_mode=False, prog_name="vramcalc")))
 
@@ -105,7 +108,8 @@ def _guard(action: Callable[[], Any]) -> int:
         message = getattr(error, "format_message", None)  # what the command line's parser raises
         if message is None:
             raise
-        return _fail(f"{message()} (see vramcalc --help)", 2)
+        said = message()
+        return _fail(f"{said} (see vramcalc --help)" if said else "no command given; see vramcalc --help", 2)
 
 
 def _fail(error: object, code: int) -> int:

@@ -18,6 +18,7 @@ from estimator.units import parse_count
 
 # What people type, besides the column's own name.
 _SHORT = {"accelerator": "--gpu", "accelerators": "--gpus", "base_quantization": "--quantization"}
+_LONG = {"params": "model"} | {flag.removeprefix("--"): name for name, flag in _SHORT.items()}
 _PANEL = "The setup"
 
 
@@ -94,6 +95,8 @@ def _grid(values: Mapping[str, str], config: Path | None) -> tuple[Setup, ...]:
     for spec in fields(Setup):
         if spec.name in merged:
             value = merged.pop(spec.name)
+            if value == []:
+                raise InputError(f"{spec.name}: an empty list is no value; write at least one, or leave it out")
             axes[spec.name] = value if isinstance(value, list) else _split(spec.name, str(value))
     if merged:
         Setup.from_mapping(merged)  # names the setting that does not exist
@@ -113,7 +116,7 @@ def _split(name: str, text: str) -> list[str]:
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
-    """The settings of a TOML file; dashes and underscores mean the same."""
+    """The settings of a TOML file, by the names of their flags; dashes and underscores mean the same."""
     if path is None:
         return {}
     import tomllib
@@ -124,4 +127,10 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         raise InputError(f"config: cannot read {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"config: {path} is not TOML: {error}") from None
-    return {name.replace("-", "_"): value for name, value in table.items()}
+    settings: dict[str, Any] = {}
+    for written, value in table.items():
+        name = _LONG.get(written.replace("-", "_"), written.replace("-", "_"))
+        if name in settings:
+            raise InputError(f"{name}: {path} gives it twice, once as {written}; write it once")
+        settings[name] = value
+    return settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,9 @@ def test_a_narrow_pipe_gets_plain_text_within_its_width() -> None:
         ["estimate", "--config", "/no/such/file.toml"],
         ["estimate", "--model", "nano", "--calibration", "/no/such/calibration.json", "--gpu", "cpu"],
         ["estimate", "--model", "nano", "--epochs", "nan"],
+        ["estimate", "--model", "nano", "--check"],
+        ["estimate", "--model", "nano", "--calibration", "laws.json", "--no-calibration"],
+        ["estimate", "--params", "8e9", "--seq", "1e300", "--batch", "1e300"],
         ["no-such-command"],
     ],
     ids=" ".join,
@@ -126,6 +130,29 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(arguments: list[str]) -> 
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+
+
+def test_no_command_at_all_prints_the_help_and_says_so() -> None:
+    done = vramcalc()
+    assert (done.returncode, done.stderr) == (2, "error: no command given; see vramcalc --help\n")
+    assert "estimate" in done.stdout
+
+
+def test_a_name_that_the_terminals_encoding_lacks_is_no_crash(tmp_path: Path) -> None:
+    config = tmp_path / "模型.json"
+    config.write_text(
+        '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99, "rms_norm_eps": 1}'
+    )
+    command = [sys.executable, "-m", "vramcalc", "estimate", "--model", str(config)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_parts_of_an_absurdly_large_setup_still_sum_exactly() -> None:
+    done = vramcalc("estimate", "--params", "8e9", "--seq", "1e12", "--batch", "1e12", "--json")
+    memory = json.loads(done.stdout)["memory"]
+    assert sum(memory["parts_bytes"].values()) == memory["peak_allocated_bytes"]["value"]
 
 
 def test_a_check_that_fails_exits_with_3_after_printing_the_estimate() -> None:
@@ -142,6 +169,11 @@ def test_a_config_file_gives_settings_and_flags_override_it(tmp_path: Path) -> N
     done = vramcalc("estimate", "--config", str(config), "--seq", "512", "--json")
     setup = json.loads(done.stdout)["setup"]
     assert (setup["model"], setup["seq"], setup["lora_rank"], setup["compile"]) == ("nano", 512, 4, True)
+    config.write_text('params = 8e9\ngpu = "h100"\ngpus = 8\nquantization = "nf4"\nmethod = "qlora"\n')
+    short = json.loads(vramcalc("estimate", "--config", str(config), "--json").stdout)["setup"]
+    assert (short["accelerator"], short["accelerators"], short["base_quantization"]) == ("H100-SXM-80GB", 8, "nf4")
+    config.write_text('model = "nano"\nparams = "8e9"\n')
+    assert "gives it twice" in vramcalc("estimate", "--config", str(config)).stderr
     config.write_text("colour = 3\n")
     assert "colour: no such setting" in vramcalc("estimate", "--config", str(config)).stderr
     config.write_text("seq = [\n")

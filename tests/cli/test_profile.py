@@ -120,6 +120,18 @@ def test_points_over_their_limits_are_rows_with_a_reason_and_the_sweep_goes_on(
     assert [(run.outcome, run.reason) for run in read_runs(tmp_path)[2:]] == [("timeout", "took longer than 0.01 s")]
 
 
+def test_an_empty_list_in_a_config_file_is_an_error_not_an_empty_sweep(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    config = tmp_path / "grid.toml"
+    config.write_text("seq = []\n")
+    done = vramcalc(
+        "profile", "--model", "nano", "--config", str(config), "--out", str(tmp_path / "out"), environment=environment
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: seq: an empty list is no value")
+
+
 def test_plan_only_lists_the_points_and_touches_nothing(environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "not there"
     done = vramcalc(*NANO, "--batch", "1,2", "--out", str(out), "--plan-only", environment=environment)

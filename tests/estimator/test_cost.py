@@ -61,7 +61,8 @@ def test_an_accelerator_without_a_price_has_no_cost_and_no_guess() -> None:
 @pytest.mark.parametrize(
     "values",
     [{"samples": 1, "dataset_tokens": 1}, {"samples": 0}, {"epochs": -1.0}, {"epochs": float("nan")}, {"epochs": float("inf")},
-     {"price_usd_per_gpu_hour": -1.0}, {"reserve_bytes": -1}, {"host_memory_bytes": 0}],
+     {"price_usd_per_gpu_hour": -1.0}, {"reserve_bytes": -1}, {"host_memory_bytes": 0},
+     {"kept_checkpoints": 0}],
     ids=str,
 )  # fmt: skip
 def test_a_run_that_means_nothing_is_refused(values: dict[str, float]) -> None:

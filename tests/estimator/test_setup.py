@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -28,9 +29,17 @@ from estimator.setup import Setup
         ({"model": "nano", "compile": "perhaps"}, "compile"),
         ({"model": "nano", "internode_gbps": "0"}, "internode_gbps"),
         ({"model": "nano", "seq": "1e400"}, "seq"),
+        ({"model": "nano", "seq": "1e300"}, "seq"),
+        ({"model": "nano", "accumulation": "1e13"}, "accumulation"),
+        ({"model": "nano", "internode_gbps": "1e-320"}, "internode_gbps"),
+        ({"model": "nano", "internode_gbps": "nan"}, "internode_gbps"),
+        ({"model": "nano", "seq": True}, "seq"),
+        ({"model": "nano", "seq": [128]}, "seq"),
+        ({"model": True}, "model"),
+        ({"model": "nano", "precision": ["fp32"]}, "precision"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_starts_with_its_name(values: dict[str, str], names: str) -> None:
+def test_a_bad_setting_is_one_line_that_starts_with_its_name(values: dict[str, Any], names: str) -> None:
     with pytest.raises(InputError) as caught:
         Setup.from_mapping(values)
     assert str(caught.value).startswith(f"{names}:")

@@ -90,6 +90,7 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "one"}\n["two"]\n', "line 2 is not a JSON object; write one object per line"),
     ("a.jsonl", b'{"text": "one"}\n{"text": "\xff\xfe"}\n', "line 2 is not UTF-8; convert the file to UTF-8"),
     ("a.jsonl", b'{"text": 5}\n', "line 1: text is not text but '5'"),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "half \\ud800"}\n', "line 2 holds half of a surrogate pair"),
     ("a.jsonl", b"[" * 100_000, "line 1 is not JSON: "),
     ("a.jsonl", b'{"body": "one"}\n', "line 1: no known columns among body; a sample has one of: text; messages; "),
     ("a.jsonl", b"{}\n", "line 1: no known columns among nothing"),

@@ -26,7 +26,7 @@ from harness.training_log import LogEntry, TrainingLog, median_step_seconds, ove
 
 
 def plan_of(out: Path, **changes: Any) -> TrainPlan:
-    setup = Setup(model="nano", seq=100, batch=2, accumulation=3, **changes.pop("setup", {}))
+    setup = Setup(**{"model": "nano", "seq": 100, "batch": 2, "accumulation": 3} | changes.pop("setup", {}))
     return TrainPlan(setup=setup, out=out, **changes)
 
 
@@ -43,6 +43,7 @@ def data_of(samples: int) -> TokenData:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"setup": {"seq": 1}}, "seq: in a sequence of 1 token there is no next one to learn"),
         ({"epochs": 0}, "epochs: 0 is too small; write --epochs 1 or more"),
         ({"save_steps": -1}, "save_steps: -1 is too small; write --save-steps 1 or more"),
         ({"keep": 0}, "keep: 0 is too small; write --keep 1 or more"),

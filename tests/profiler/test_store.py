@@ -89,6 +89,14 @@ def test_rows_with_values_outside_the_choices_are_reported_and_the_others_read(t
         read_runs(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("value", ["1e30", "inf", "-1", "many"])
+def test_a_measurement_that_is_no_possible_number_is_reported(value: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"run,model,peak_allocated_bytes\na,nano,{value}\nb,nano,5\n")
+    runs, skipped = read_table(tmp_path / "t.csv")
+    assert [run.peak_allocated_bytes for run in runs] == [5]
+    assert "peak_allocated_bytes" in skipped[0].reason and len(skipped) == 1
+
+
 @pytest.mark.skipif(not EVIDENCE.exists(), reason="the published measurements are not beside this checkout")
 def test_the_published_measurements_are_read_row_by_row() -> None:
     runs, skipped = read_table(EVIDENCE)

@@ -21,6 +21,10 @@ def test_memory_is_written_in_binary_units(amount: float, text: str) -> None:
     assert scale.memory_text(amount) == text
 
 
+def test_a_rate_beyond_all_numbers_is_written_as_that() -> None:
+    assert scale.digits(float("inf")) == "inf"
+
+
 def test_disk_space_is_written_in_decimal_units() -> None:
     assert scale.disk_text(5_570_000_000) == "5.57 GB"
     assert scale.disk_text(550e9) == "550 GB"

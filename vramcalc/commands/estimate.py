@@ -43,9 +43,12 @@ def estimate(
 ) -> None:
     """Predict memory, time, checkpoints and cost of a fine-tune."""
     from estimator.cost import RunRequest
+    from estimator.errors import InputError
     from estimator.estimate import estimate as predict
     from estimator.units import parse_bytes, parse_count
 
+    if calibration is not None and no_calibration:
+        raise InputError("no_calibration: give --calibration or --no-calibration, not both")
     request = RunRequest(
         dataset_tokens=None if dataset_tokens is None else parse_count(dataset_tokens, "dataset_tokens"),
         samples=None if samples is None else parse_count(samples, "samples"),
@@ -60,6 +63,8 @@ def estimate(
         from vramcalc.calibrations import find_calibration
 
         laws, name, setup = find_calibration(calibration, setup)
+    if check and setup.accelerator is None and host_memory is None:
+        raise InputError("check: there is nothing to check against; write --gpu NAME, or --host-memory BYTES")
     result = predict(setup, request=request, calibration=laws, calibration_name=name, dry_run=dry_run)
     if json_output:
         from reports.document import estimate_document, render_json
