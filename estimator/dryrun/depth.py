@@ -29,6 +29,8 @@ def write_out(stream: Stream, *, run: int, layers: int) -> Stream | None:
     middle = run // 2
     for piece in pieces:
         if isinstance(piece, list):
+            if any(event.layer == middle for event in piece):
+                return None  # the middle layer's events outside a sweep: nobody knows where its copies' would be
             continue
         inner = [_relative(piece.units[layer], layer, names, stream, run) for layer in range(middle - 1, middle + 2)]
         if inner[0] != inner[1] or inner[1] != inner[2]:
@@ -37,7 +39,7 @@ def write_out(stream: Stream, *, run: int, layers: int) -> Stream | None:
 
 
 class _Sweep:
-    """One visit of every layer in order: units by layer."""
+    """One visit of the layers in order: units by layer."""
 
     def __init__(self, order: range, units: dict[int, list[Event]]) -> None:
         self.order, self.units = order, units
@@ -50,8 +52,11 @@ def _cut(events: list[Event], run: int) -> list[list[Event] | _Sweep]:
     position = 0
     while position < len(events):
         event = events[position]
-        order = {0: range(run), run - 1: range(run - 1, -1, -1)}.get(event.layer if event.layer is not None else -1)
-        sweep = None if order is None else _sweep_at(events, position, order)
+        sweep = None
+        if event.layer is not None and event.layer < run // 2:
+            sweep = _sweep_at(events, position, range(event.layer, run))
+        elif event.layer == run - 1:
+            sweep = _sweep_at(events, position, range(run - 1, -1, -1))
         if sweep is None:
             loose.append(event)
             position += 1
@@ -67,6 +72,7 @@ def _cut(events: list[Event], run: int) -> list[list[Event] | _Sweep]:
 def _sweep_at(events: list[Event], start: int, order: range) -> tuple[range, dict[int, list[Event]], int] | None:
     """The sweep that begins at ``start``, its units and where it ends; ``None`` if the layers don't follow in order.
 
+    A sweep may leave out the first layers, which are dense in some mixtures of experts, but none from before the middle on.
     Events of no layer belong to the unit that they follow, but for those after the last layer's, which are outside.
     """
     units: dict[int, list[Event]] = {order[0]: []}
@@ -84,8 +90,9 @@ def _sweep_at(events: list[Event], start: int, order: range) -> tuple[range, dic
         position += 1
         if event.layer is not None:
             end = position
-    if current + 1 < len(order):
+    if current + 1 < len(order) and (order.step > 0 or order[current] >= len(order) // 2):
         return None
+    order = order[: current + 1]
     last = units[order[current]]
     del last[len(last) - (position - end) :]
     if position < len(events) and events[position].layer == order[-2]:
@@ -147,7 +154,8 @@ class _Writer:
                 for event in piece:
                     self._event(event, None, 0)
                 continue
-            deep = range(self._layers) if piece.order.step > 0 else range(self._layers - 1, -1, -1)
+            first, last = self._deep(piece.order[0]), self._deep(piece.order[-1])
+            deep = range(first, last + piece.order.step, piece.order.step)
             for layer in deep:
                 sample = self._sample(layer)
                 for event in piece.units[sample]:

@@ -1,7 +1,7 @@
 """Everything that this package takes from torch's private interface, in one place.
 
-Names without a promise: ``FakeTensorMode``, dispatch modes, the node that autograd executes and its sequence number, use
-counts, and the hooks of optimizers that read a step counter. Checked with torch 2.13.
+Names without a promise: ``FakeTensorMode``, dispatch modes, the node that autograd executes and its sequence number, and use
+counts. Checked with torch 2.13.
 """
 
 from __future__ import annotations
@@ -69,22 +69,6 @@ def creates_storage(operator: Any) -> bool:
     """Whether an operator can return new memory: some output of its schema is not an alias of an input."""
     returns = operator._schema.returns
     return any(value.alias_info is None for value in returns)
-
-
-@contextlib.contextmanager
-def steps_without_values() -> Iterator[None]:
-    """Optimizers read their step counter as a number; a fake one has no value, and any will do."""
-    import torch.optim.adam as adam
-    import torch.optim.adamw as adamw
-
-    def first(step: Any) -> Any:
-        return 1.0 if isinstance(step, torch.Tensor) else step
-
-    with contextlib.ExitStack() as stack:
-        for module in (adam, adamw):
-            if hasattr(module, "_get_value"):
-                stack.enter_context(replaced(module, "_get_value", first))
-        yield
 
 
 @contextlib.contextmanager

@@ -32,7 +32,9 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
     except ImportError as error:
         raise MissingError(f"dry_run: needs {error.name}; pip install 'vramcalc-toolkit[all]'") from None
     layers = depth(setup)
-    run = layers if layers_run is None or layers <= layers_run else layers_run
+    # The first layers of some mixtures of experts are dense: the middle one must be far enough from them.
+    few = None if layers_run is None else layers_run + 2 * resolve_model(setup.model).dense_layers
+    run = layers if few is None or layers <= few else few
     written = write_out(record(setup, steps=steps, layers=run), run=run, layers=layers)
     if written is None:
         run = layers

@@ -13,7 +13,7 @@ from estimator.activations import builds_mask
 from estimator.build import build_empty_model, decoder_layers, model_config
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
-from estimator.dryrun.private_api import fake_mode, replaced, run_backward, steps_without_values
+from estimator.dryrun.private_api import fake_mode, replaced, run_backward
 from estimator.dryrun.tracker import Tracker
 from estimator.hardware import is_cpu, workspace_bytes
 from estimator.setup import Setup
@@ -40,8 +40,8 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_garbage_collection())
             stack.enter_context(_module_hooks(tracker))
-            stack.enter_context(steps_without_values())
             stack.enter_context(_masks(setup))
+            stack.enter_context(_experts())
             if not cpu:
                 stack.enter_context(CudaFunctions(setup.attention_kernel))
             stack.enter_context(tracker)
@@ -94,6 +94,19 @@ def _masks(setup: Setup) -> Iterator[None]:
         yield
         return
     with replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+@contextlib.contextmanager
+def _experts() -> Iterator[None]:
+    """Mixtures of experts multiply in groups; torch's own product knows no shapes but those of bf16, and transformers' stand-in
+    for it, which returns and keeps the same, knows all."""
+    from transformers.integrations import moe
+
+    def bf16(_: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
+        return weight.dtype == torch.bfloat16
+
+    with replaced(moe, "_can_use_grouped_mm", bf16):
         yield
 
 
@@ -230,6 +243,10 @@ class _Loop:
         kind = self._setup.optimizer
         if kind == "sgd":
             return torch.optim.SGD(trained, lr=1e-5, foreach=True)
+        if kind == "adafactor" and self._setup.framework == "hf-trainer":
+            from transformers.optimization import Adafactor
+
+            return Adafactor(trained, lr=1e-5, scale_parameter=False, relative_step=False)
         if kind == "adafactor":
             return torch.optim.Adafactor(trained, lr=1e-5, foreach=False)
         if kind == "adamw":

@@ -22,6 +22,7 @@ from estimator.dryrun.private_api import (
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
+_AS_NUMBER = _aten._local_scalar_dense.default
 _RNG_STATE_BYTES = 5056
 
 
@@ -156,6 +157,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device
+        if func is _AS_NUMBER and self.host_scalars:
+            return 1.0  # optimizers read their step counters and norms; any number does
         kwargs = kwargs or {}
         creates = self._creates.get(func)
         if creates is None:
@@ -194,9 +197,9 @@ class Tracker(TorchDispatchMode):
         if layer is None and source is not None and self._phase in ("optimizer", "between"):
             layer = source.layer
         if func is _aten.stack.default and self._phase == "optimizer":
-            # One element for each gradient: what each layer adds is known from the layer of the inputs.
-            own = [self._known(t) for t in args[0]]
-            grows = tensor.element_size() * sum(1 for s in own if s is not None and s.layer == 1)
+            # One element for each gradient: the middle layer's are what every further layer adds.
+            own, middle = [self._known(t) for t in args[0]], (self._last_layer + 1) // 2
+            grows = tensor.element_size() * sum(1 for s in own if s is not None and s.layer == middle)
         self._record(tensor, self._categorize(tensor, func, source), layer, self._holder(layer), layer, grows)
 
     def _holder(self, layer: int | None) -> str:

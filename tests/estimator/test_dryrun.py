@@ -56,6 +56,8 @@ CPU_SETUPS: list[dict[str, Any]] = [
     {"framework": "torch-loop", "precision": "bf16-mixed", "zero_grad": "zero"},
     {"optimizer": "adamw"},
     {"optimizer": "sgd"},
+    {"optimizer": "adafactor"},
+    {"optimizer": "adafactor", "framework": "torch-loop"},
     {"method": "freeze", "trainable_layers": 2},
     {"model": "micro-llama", "precision": "bf16", "checkpointing": "full"},
     {"method": "dora"},
@@ -82,6 +84,8 @@ def test_a_real_step_on_this_cpu_peaks_where_the_dry_run_says(values: dict[str, 
         {"model": "small", "precision": "fp32", "method": "lora", "accelerator": "H100-SXM-80GB"},
         {"model": "gpt2-124m", "precision": "fp32", "accelerator": "RTX-3090", "seq": 512},
         {"model": "smollm2-135m", "precision": "bf16", "framework": "torch-loop", "accelerator": "RTX-A6000"},
+        {"model": "mixtral-8x7b", "accelerator": "H100-SXM-80GB", "checkpointing": "full"},
+        {"model": "deepseek-v3-16b-titan-flavor", "accelerator": "H100-SXM-80GB"},  # its first layer is dense
     ],
     ids=str,
 )

@@ -1,8 +1,10 @@
-"""The dry run beyond a plain step, against real execution on this CPU: evaluation, optimizers in backward."""
+"""The dry run beyond a plain step, against real execution on this CPU: evaluation, optimizers in backward, experts."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from estimator.dryrun.result import DryRun
 from estimator.dryrun.run import dry_run
 from estimator.setup import Setup
 from profiler.memory import MemoryPeaks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cpu_truth import measured_peaks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -124,3 +129,21 @@ def test_variants_written_out_are_the_full_model_to_the_byte(values: dict[str, A
     assert few.layers_run < all_layers.layers_run
     assert few.phases == all_layers.phases
     assert few.peak_reserved_bytes == all_layers.peak_reserved_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+def test_a_mixture_of_experts_from_a_bare_config_peaks_where_a_real_step_does(precision: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": "mixtral", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 4000,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+            }
+        )
+    )  # fmt: skip
+    setup = _setup(model=str(config), precision=precision)
+    highest = max(measured_peaks(setup).phases, key=lambda phase: phase.allocated_bytes)
+    found = dry_run(setup)
+    assert found.peak_allocated_bytes == pytest.approx(highest.allocated_bytes, rel=0.001)
+    assert found.peak_phase == highest.phase
