@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from estimator.arrays import Number, maximum
 from estimator.hardware import is_cpu
 from estimator.setup import Setup
 from estimator.shape import ModelShape, lora_modules
@@ -19,15 +20,15 @@ from estimator.states import Widths, widths
 class LayerActivations:
     """Bytes per token of one decoder layer (of this device's share of it)."""
 
-    kept: float
+    kept: Number
     """Saved for backward when the layer is not checkpointed, without attention's S x S matrices."""
-    scores: float
+    scores: Number
     """Saved attention matrices and masks, per token and per token of context."""
-    layer_input: float
+    layer_input: Number
     """The residual stream that enters the layer: what full checkpointing saves instead."""
-    transient: float
+    transient: Number
     """The largest momentary tensors of the layer's forward or backward beyond what it keeps."""
-    transient_scores: float
+    transient_scores: Number
     """The same of eager attention, per token and per token of context."""
 
 
@@ -35,15 +36,15 @@ class LayerActivations:
 class LogitBytes:
     """Bytes per token over the vocabulary and around it."""
 
-    forward: float
+    forward: Number
     """At the end of the loss."""
-    backward: float
+    backward: Number
     """At the softmax's backward."""
-    kept: float
+    kept: Number
     """From the end of the forward pass to the start of backward."""
-    evaluation: float
+    evaluation: Number
     """Without gradients."""
-    head_gradients: float
+    head_gradients: Number
     """Bytes (not per token) of head gradients that a fused-linear loss holds from the forward pass on."""
 
 
@@ -61,11 +62,9 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     tensor = setup.tensor_parallel
     h = float(shape.hidden)
     q, kv, v = (width / tensor for width in (shape.query_width, shape.kv_width, shape.value_width))
-    kv = max(kv, shape.head_dim)
+    kv = maximum(kv, shape.head_dim)
     trains = setup.method in ("full", "freeze")
-    norms = (
-        _norms(shape, setup, size, trains) / tensor
-    )  # sequence parallelism splits them in Megatron and DTensor plans
+    norms = _norms(shape, setup, size, trains) / tensor  # split by sequence in Megatron's and DTensor's plans
     s, c = size.stream, size.compute
 
     # Attention: q, k, v after rotation and the output; the output is also what the o projection keeps.
@@ -78,7 +77,8 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
         # The norm of q and k before rotation: fp32 input and the normalised tensor.
         attention += (4 + c) * (q + kv)
     heads = shape.heads / tensor
-    scores = transient_scores = 0.0
+    scores: Number = 0.0
+    transient_scores: Number = 0.0
     if setup.attention == "eager" or setup.attention_kernel == "math":
         # softmax in fp32, and its cast for the product with V; k and v repeated for every query head.
         scores = heads * (4 + (c if c != 4 else 0))
@@ -97,7 +97,7 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     kept = norms + attention + mlp
     if not trains:
         kept += _adapters(shape, setup, size)
-    transient = max(mlp_transient, c * (q + 2 * kv + v) + s * h / tensor)
+    transient = maximum(mlp_transient, c * (q + 2 * kv + v) + s * h / tensor)
     return LayerActivations(
         kept=kept,
         scores=scores,
@@ -107,7 +107,7 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     )
 
 
-def _norms(shape: ModelShape, setup: Setup, size: Widths, trains: bool) -> float:
+def _norms(shape: ModelShape, setup: Setup, size: Widths, trains: bool) -> Number:
     """The layer's norms with the residual stream they read and the inputs that the projections keep of them.
 
     RMSNorm in transformers: the input in fp32 (the stream itself where that is fp32), the normalised tensor (kept by
@@ -129,7 +129,7 @@ def _norms(shape: ModelShape, setup: Setup, size: Widths, trains: bool) -> float
     return h * (shape.norms_per_layer * per_norm + copies)
 
 
-def _feed_forward(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> tuple[float, float]:
+def _feed_forward(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> tuple[Number, Number]:
     """(kept, transient) bytes per token of the feed-forward.
 
     Gated: gate, its activation, up, and their product (kept by a trained down projection). Plain: the input of the
@@ -151,7 +151,7 @@ def _feed_forward(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -
     return c * tensors * routed + hidden + router, c * 3 * routed
 
 
-def _adapters(shape: ModelShape, setup: Setup, size: Widths) -> float:
+def _adapters(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     """What LoRA keeps: the input of each adapted matrix, and the low-rank product.
 
     Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
@@ -208,7 +208,7 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
     )
 
 
-def head_input_bytes(shape: ModelShape, setup: Setup) -> float:
+def head_input_bytes(shape: ModelShape, setup: Setup) -> Number:
     """Bytes per token that the last norm and the head keep."""
     size = widths(setup)
     trains = setup.method == "full"

@@ -10,9 +10,17 @@ from estimator.catalog import resolve_model
 from estimator.checkpoint import checkpoint_estimate
 from estimator.compute import FORMULA_RELATIVE_ERROR, StepWork, formula_seconds, step_work
 from estimator.cost import RunRequest, naive_estimate, run_estimate
+from estimator.device_memory import (
+    allocator_room_bytes,
+    device_interval,
+    formula_interval,
+    host_interval,
+    reserved_interval,
+    whole_interval,
+)
 from estimator.errors import DoesNotFitError
 from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
-from estimator.memory import PhaseMemory, memory_phases, peak_phase
+from estimator.memory import memory_phases, peak_phase
 from estimator.result import (
     CheckpointEstimate,
     Estimate,
@@ -24,28 +32,16 @@ from estimator.result import (
 )
 from estimator.setup import Setup
 from estimator.shape import ModelShape, active_parameters, count_parameters
-from estimator.states import states, trainable_parameters
-from estimator.units import GB, GIB, Interval
+from estimator.states import trainable_parameters
+from estimator.units import GIB, Interval
 
 if TYPE_CHECKING:
     from estimator.calibration import Calibration
 
-# Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md): the frameworks whose code
-# was read, the others, several devices, and what an inferred shape adds.
-_KNOWN_FRAMEWORK, _OTHER_FRAMEWORK, _SEVERAL_DEVICES, _INFERRED_SHAPE = 0.06, 0.25, 0.15, 0.12
 # Relative 90% half-widths (below, above) of a dry run's allocated peak: exact on the A+ rows and within 0.11% of real CPU
 # steps; published runs of other versions of the libraries spread more. And above its reserved peak.
 _DRY_RUN, _DRY_RUN_CPU, _DRY_RUN_RESERVED = (0.03, 0.05), (0.002, 0.004), 0.25
 _DRY_SOURCE = "dry run of the model's code on fake tensors, replayed through a model of the allocator"
-
-# What the caching allocator holds beyond the tensors, as a share of them: without checkpointing or sharding, and what
-# each of these adds (medians of published reserved and device peaks: 1.02-1.12, 1.26, 1.2-1.45).
-_FRAGMENTATION = Interval(value=0.04, low=0.0, high=0.25)
-_CHECKPOINTED, _SHARDED = 0.12, 0.10
-_FRAGMENTS = 0.03
-_FRAGMENTATION_EXPANDABLE = Interval(value=0.01, low=0.0, high=0.10)
-# A CPU's allocator, the C library, with blocks of every size in one heap (profiled runs of the built-in models).
-_FRAGMENTATION_CPU = Interval(value=0.16, low=0.0, high=0.95)
 
 
 def estimate(
@@ -72,7 +68,7 @@ def estimate(
 
         if not matches(calibration, setup.accelerator):
             calibration = None
-    room = _room_bytes(setup, request.reserve_bytes, capacity_bytes)
+    room = allocator_room_bytes(setup, request.reserve_bytes, capacity_bytes)
     memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration, room)
     time = _time(shape, setup, calibration)
     checkpoint = _checkpoint(shape, setup, calibration, request)
@@ -124,13 +120,13 @@ def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None, ro
         fitted = laws.apply_memory(calibration, phases)
         if fitted is not None:
             allocated = fitted.peak_allocated_bytes
-            reserved = laws.apply_reserved(calibration, allocated) or _reserved(setup, allocated, room_bytes)
-            device = laws.apply_device(calibration, allocated) or _device(setup, reserved)
+            reserved = laws.apply_reserved(calibration, allocated) or reserved_interval(setup, allocated, room_bytes)
+            device = laws.apply_device(calibration, allocated) or device_interval(setup, reserved)
             return _memory_estimate(shape, setup, "measured", fitted.phase, fitted.parts, allocated, reserved, device)
     peak = peak_phase(phases)
-    allocated = _formula_interval(shape, setup, peak)
-    reserved = _reserved(setup, allocated, room_bytes)
-    device = _device(setup, reserved)
+    allocated = formula_interval(shape, setup, peak)
+    reserved = reserved_interval(setup, allocated, room_bytes)
+    device = device_interval(setup, reserved)
     return _memory_estimate(shape, setup, "formula", peak.phase, peak.parts, allocated, reserved, device)
 
 
@@ -140,19 +136,19 @@ def _dry_memory(shape: ModelShape, setup: Setup) -> MemoryEstimate:
     found = dry_run(setup)
     allocated = float(found.peak_allocated_bytes)
     below, above = _DRY_RUN_CPU if is_cpu(setup.accelerator) else _DRY_RUN
-    within = _whole(allocated, allocated * (1 - below), allocated * (1 + above))
+    within = whole_interval(allocated, allocated * (1 - below), allocated * (1 + above))
     if is_cpu(setup.accelerator):
-        reserved = _reserved(setup, within, None)
+        reserved = reserved_interval(setup, within, None)
     else:
         # What the replay does not know: memory that other streams and libraries keep, and what came before the steps.
         replayed = float(found.peak_reserved_bytes)
-        reserved = _whole(replayed, replayed * (1 - below), replayed * (1 + _DRY_RUN_RESERVED))
+        reserved = whole_interval(replayed, replayed * (1 - below), replayed * (1 + _DRY_RUN_RESERVED))
     parts = tuple(
         Part(name=name, amount=amount, formula="live in the allocator's blocks at the peak", source=_DRY_SOURCE)
         for name, amount in found.categories_bytes
         if amount
     )
-    device = _device(setup, reserved)
+    device = device_interval(setup, reserved)
     return _memory_estimate(shape, setup, "dry-run", found.peak_phase, parts, within, reserved, device)
 
 
@@ -173,73 +169,8 @@ def _memory_estimate(
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
         peak_device_bytes=device,
-        peak_host_bytes=_host(shape, setup, device),
+        peak_host_bytes=host_interval(shape, setup, device),
     )
-
-
-def _formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Interval:
-    known = setup.framework in ("hf-trainer", "torch-loop")
-    width = _KNOWN_FRAMEWORK if known else _OTHER_FRAMEWORK
-    width += (_SEVERAL_DEVICES if setup.accelerators > 1 else 0.0) + (_INFERRED_SHAPE if shape.inferred else 0.0)
-    return Interval.within(peak.bytes, below=width, above=width)
-
-
-def _reserved(setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:
-    if is_cpu(setup.accelerator):
-        share = _FRAGMENTATION_CPU
-    else:
-        share = _FRAGMENTATION_EXPANDABLE if setup.expandable_segments else _FRAGMENTATION
-        sharded = setup.sharding not in ("none", "ddp")
-        more = (_CHECKPOINTED if setup.checkpointing != "none" else 0.0) + (_SHARDED if sharded else 0.0)
-        share = Interval(value=share.value + more, low=share.low, high=share.high + 2 * more)
-    return _whole(
-        *(
-            _within_room(bound * (1 + more), bound, room_bytes)
-            for bound, more in (
-                (allocated.value, share.value),
-                (allocated.low, share.low),
-                (allocated.high, share.high),
-            )
-        )
-    )
-
-
-def _within_room(reserved: float, allocated: float, room_bytes: int | None) -> float:
-    """Where the device is full the allocator gives its cache back: what stays are the tensors and fragments among them."""
-    if room_bytes is None or reserved <= room_bytes:
-        return reserved
-    return max(float(room_bytes), min(reserved, allocated * (1 + _FRAGMENTS)))
-
-
-def _room_bytes(setup: Setup, reserve_bytes: int, capacity_bytes: int | None) -> int | None:
-    """What a GPU has for the allocator; ``None`` where that is unknown."""
-    if setup.accelerator is None or is_cpu(setup.accelerator):
-        return None
-    capacity = capacity_bytes or find_accelerator(setup.accelerator).usable_bytes
-    if capacity is None:
-        return None
-    return max(capacity - reserve_bytes - round(context_bytes(setup.accelerator).value), 0)
-
-
-def _device(setup: Setup, reserved: Interval) -> Interval:
-    context = context_bytes(setup.accelerator)
-    return _whole(reserved.value + context.value, reserved.low + context.low, reserved.high + context.high)
-
-
-def _whole(value: float, low: float, high: float) -> Interval:
-    """Whole bytes."""
-    return Interval(value=round(value), low=round(low), high=round(high))
-
-
-def _host(shape: ModelShape, setup: Setup, device: Interval) -> Interval:
-    """Of one machine: its processes, what is offloaded, and one full model at loading or gathering for a save."""
-    if is_cpu(setup.accelerator):
-        return device
-    persistent = states(shape, setup)
-    processes = min(setup.accelerators, setup.gpus_per_node)
-    model = count_parameters(shape).total * (2.0 if setup.precision in ("bf16", "fp16") else 4.0)
-    fixed = processes * (2.5 * GB + persistent.host_optimizer)
-    return _whole(fixed + model, fixed * 0.5, 1.3 * fixed + 2 * model)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -316,9 +247,9 @@ def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEs
         there = dataclasses.replace(setup, accelerator=accelerator.name)
         large = accelerator.large_workspace
         if large not in by_workspace:
-            by_workspace[large] = _formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
-        reserved = _reserved(there, by_workspace[large], _room_bytes(there, reserve_bytes, None))
-        found.append(_fits(accelerator.name, _device(there, reserved), reserve_bytes, None))
+            by_workspace[large] = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
+        reserved = reserved_interval(there, by_workspace[large], allocator_room_bytes(there, reserve_bytes, None))
+        found.append(_fits(accelerator.name, device_interval(there, reserved), reserve_bytes, None))
     return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from estimator.arrays import Number, where
 from estimator.errors import InputError
 from estimator.setup import Setup
 from estimator.shape import (
@@ -107,22 +108,22 @@ def layer_parameters(shape: ModelShape) -> int:
 class Placement:
     """How many ways each kind of state is divided over the devices."""
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathers: bool
+    parameters: Number
+    gradients: Number
+    optimizer: Number
+    gathers: Number
     """Sharded parameters are gathered layer by layer (ZeRO-3, FSDP)."""
 
 
 def placement(setup: Setup) -> Placement:
     """Divisors of data-parallel sharding (tensor, pipeline and expert parallelism divide the counts before)."""
-    shards = setup.shard_size or setup.data_ranks * setup.context_parallel
+    shards = setup.shard_size if setup.shard_size is not None else setup.data_ranks * setup.context_parallel
     kind = setup.sharding or "none"
     return Placement(
         parameters=shards if kind in ("zero3", "fsdp") else 1,
         gradients=shards if kind in ("zero2", "zero3", "fsdp") else 1,
         optimizer=shards if kind in ("zero1", "zero2", "zero3", "fsdp") else 1,
-        gathers=kind in ("zero3", "fsdp") and shards > 1,
+        gathers=shards > 1 if kind in ("zero3", "fsdp") else False,
     )
 
 
@@ -131,25 +132,25 @@ class States:
     """Bytes per device of what persists, and sizes that the phases need. All counts are of one device's share of the
     model (tensor, pipeline and expert parallelism applied), data-parallel sharding applied only to the bytes."""
 
-    parameters: float
-    gradients: float
-    optimizer: float
-    host_optimizer: float
+    parameters: Number
+    gradients: Number
+    optimizer: Number
+    host_optimizer: Number
     """Optimizer states (and, offloaded, parameters) that live in host memory."""
-    trainable: float
+    trainable: Number
     """Trained parameters of this device's model share."""
-    total: float
-    linear: float
+    total: Number
+    linear: Number
     """Parameters in the layers' matrices on this device."""
-    largest_layer: float
-    embedding: float
+    largest_layer: Number
+    embedding: Number
     """Of the embedding on this device (and as many in an untied head)."""
-    quantized: float
+    quantized: Number
     """Parameters held in quantized matrices."""
-    gradient_width: float
+    gradient_width: Number
 
 
-def model_divisors(setup: Setup) -> tuple[int, int]:
+def model_divisors(setup: Setup) -> tuple[Number, Number]:
     """(dense, experts): how many ways model parallelism divides the parameters of a layer."""
     dense = setup.tensor_parallel * setup.pipeline_parallel
     return dense, dense * setup.expert_parallel
@@ -163,10 +164,9 @@ def states(shape: ModelShape, setup: Setup) -> States:
     place = placement(setup)
     total = (count.total - count.experts) / dense + count.experts / expert
     # The stage that holds an embedding is the fullest: its table is divided by the tensor-parallel ranks only.
-    tables = (count.embedding + count.head) / setup.tensor_parallel / (1 if setup.pipeline_parallel == 1 else 2)
-    if setup.pipeline_parallel > 1:
-        layered = (count.layered - count.experts) / dense + count.experts / expert
-        total = layered + tables
+    tables = (count.embedding + count.head) / setup.tensor_parallel / 2
+    layered = (count.layered - count.experts) / dense + count.experts / expert
+    total = where(setup.pipeline_parallel > 1, layered + tables, total)
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
     quantized = (count.attention + count.mlp + count.experts + count.other) / dense if setup.base_quantization else 0.0
     parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
@@ -175,7 +175,7 @@ def states(shape: ModelShape, setup: Setup) -> States:
     if keeps_master_weights(setup):
         optimizer = trainable * 12.0 / place.optimizer
         gradients = trainable * 2.0 / place.gradients
-    host = 0.0
+    host: Number = 0.0
     if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
         # Paged states are unified memory outside torch's allocator; ZeRO-Offload keeps fp32 master weights as well.
         host, optimizer = optimizer, 0.0
@@ -212,8 +212,8 @@ def optimizer_bytes_per_parameter(setup: Setup, size: Widths) -> float:
 
 
 def _parameter_bytes(
-    setup: Setup, size: Widths, count: ParameterCount, total: float, trainable: float, quantized: float
-) -> float:
+    setup: Setup, size: Widths, count: ParameterCount, total: Number, trainable: Number, quantized: Number
+) -> Number:
     if setup.method in ("full", "freeze"):
         return total * size.weight
     if not setup.base_quantization:
