@@ -118,9 +118,14 @@ class Setup:
             raise InputError(
                 "trainable_layers: --method freeze needs --trainable-layers N (how many last layers train)"
             )
-        if self.method in ("full", "freeze") and (self.lora_rank or self.base_quantization):
-            given = "lora_rank" if self.lora_rank else "base_quantization"
-            raise InputError(f"{given}: means nothing with --method {self.method}; write --method lora or qlora")
+        if self.method in ("full", "freeze"):
+            for given in ("lora_rank", "lora_targets", "base_quantization"):
+                if getattr(self, given):
+                    raise InputError(
+                        f"{given}: means nothing with --method {self.method}; write --method lora or qlora"
+                    )
+        if self.method != "freeze" and self.trainable_layers is not None:
+            raise InputError(f"trainable_layers: means nothing with --method {self.method}; write --method freeze")
         if self.accelerators % self.model_parallel:
             raise InputError(
                 f"accelerators: {self.accelerators} is not a multiple of tensor x pipeline x context parallel ranks = "
