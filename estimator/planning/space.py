@@ -1,0 +1,161 @@
+"""What a plan may choose from: every setting that was not given, with the values worth trying."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from estimator.errors import InputError
+from estimator.hardware import accelerators, find_accelerator
+from estimator.prices import catalog_price
+from estimator.setup import Setup, check_value, convert
+
+MOST_ACCELERATORS = 512
+"""The largest count that is tried where none is given."""
+FINE_TUNE_TOKENS_PER_STEP, PRETRAINING_TOKENS_PER_STEP = 2**17, 2**22
+"""Tokens of an optimizer step where no global batch is given; published fine-tunes and pretrainings, roughly."""
+_PRETRAINING_TOKENS = 10**11
+
+NUMBERS = (
+    "accelerators", "tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "batch", "accumulation",
+)  # fmt: skip
+"""Settings that are searched as arrays; the rest is combined one by one."""
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_LONG_SEQUENCE = 16_384
+"""From here on sequences are worth splitting over devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """The settings that were given, each with its allowed values (converted, not empty); the others are searched."""
+
+    given: Mapping[str, tuple[Any, ...]]
+    global_batch: int | None = None
+    """Sequences of an optimizer step over all devices; ``None``: chosen from the run's tokens."""
+    most_accelerators: int = MOST_ACCELERATORS
+    owned: bool = False
+    """Accelerators need no price."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Sequence[Any]], **rest: Any) -> Space:
+        """From texts or values by the names of settings. Raises InputError."""
+        values = {name: tuple(dict.fromkeys(convert(name, value) for value in some)) for name, some in given.items()}
+        if not values.get("model"):
+            raise InputError("model: write --model NAME or --params N")
+        if len(values["model"]) > 1 or len(values.get("seq", ())) > 1:
+            many = "model" if len(values["model"]) > 1 else "seq"
+            raise InputError(f"{many}: a plan is for one {many}; give one value")
+        if "accelerator" in values:
+            values["accelerator"] = tuple(find_accelerator(name).name for name in values["accelerator"])
+        for spec in fields(Setup):  # each value alone, so that a bad one is named before the search
+            for value in values.get(spec.name, ()):
+                check_value(spec, value)
+        return cls(given=values, **rest)
+
+    @property
+    def seq(self) -> int:
+        return int(self.given.get("seq", (_default("seq"),))[0])
+
+    def sequences_per_step(self, tokens: int | None) -> int | None:
+        """The global batch; ``None`` where the batch and the accumulation that were given decide it."""
+        if self.global_batch is not None:
+            return self.global_batch
+        if "accumulation" in self.given:
+            return None
+        wanted = PRETRAINING_TOKENS_PER_STEP if (tokens or 0) >= _PRETRAINING_TOKENS else FINE_TUNE_TOKENS_PER_STEP
+        return 1 << max(0, round(wanted / self.seq).bit_length() - 1)
+
+    def accelerator_names(self) -> tuple[str, ...]:
+        """Those that were given; else all that have a rate, a known memory and (unless owned) a price."""
+        if "accelerator" in self.given:
+            return tuple(self.given["accelerator"])
+        return tuple(
+            device.name
+            for device in accelerators().values()
+            if device.usable_bytes is not None
+            and device.bf16_flops is not None
+            and (self.owned or catalog_price(device.name) is not None)
+        )
+
+    def bases(self) -> Iterator[Setup]:
+        """Every combination of what is not a number, as a setup of one device; contradictions are left out."""
+        axes = {name: self._values(name) for name in _categories()}
+        seen = set()
+        for point in itertools.product(*axes.values()):
+            settings = _of_its_method(dict(zip(axes, point, strict=True)))
+            key = tuple(settings.items())
+            if key in seen or _contradicts(settings):
+                continue
+            seen.add(key)
+            yield Setup(**settings).resolved()
+
+    def numbers(self, base: Setup, *, experts: bool) -> dict[str, tuple[int, ...]]:
+        """The values of each of ``NUMBERS`` for one of the ``bases``; accumulation only where it was given."""
+        most = self.most_accelerators
+        searched = {
+            "accelerators": tuple(2**power for power in range(most.bit_length()) if 2**power <= most),
+            "tensor_parallel": (1, 2, 4, 8),
+            "pipeline_parallel": (1, 2, 4, 8, 16),
+            "context_parallel": (1, 2, 4, 8) if self.seq >= _LONG_SEQUENCE else (1,),
+            "expert_parallel": (1, 8) if experts else (1,),
+            "batch": _BATCHES,
+        }
+        if base.framework == "hf-trainer":  # plain Trainer splits the model by sharding alone
+            searched |= dict.fromkeys(
+                ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel"), (1,)
+            )
+        return searched | {name: self.given[name] for name in NUMBERS if name in self.given}
+
+    def _values(self, name: str) -> tuple[Any, ...]:
+        if name == "accelerator":
+            return self.accelerator_names()
+        if name in self.given:
+            return self.given[name]
+        if name in _SEARCHED:
+            return self._searched(name)
+        return (_default(name),)
+
+    def _searched(self, name: str) -> tuple[Any, ...]:
+        if name == "framework" and self.given.get("accelerators", (2,)) == (1,):
+            return ("hf-trainer",)
+        if name == "sharding" and self.given.get("accelerators", (2,)) == (1,):
+            return ("none",)
+        return _SEARCHED[name]
+
+
+# What changes how a model is trained but not what comes out. Methods, precisions and optimizers are searched only where
+# several are given.
+_SEARCHED: dict[str, tuple[Any, ...]] = {
+    "framework": ("hf-trainer", "torchtitan"),
+    "sharding": ("none", "ddp", "fsdp"),
+    "checkpointing": ("none", "selective", "full"),
+}
+
+
+def _categories() -> list[str]:
+    return [spec.name for spec in fields(Setup) if spec.name not in (*NUMBERS, "data_parallel")]
+
+
+def _contradicts(settings: Mapping[str, Any]) -> bool:
+    """Combinations that only the search would make."""
+    if settings["framework"] == "hf-trainer" and settings["checkpointing"] == "selective":
+        return True
+    return bool(settings["framework"] == "torchtitan" and settings["sharding"] == "ddp")
+
+
+def _of_its_method(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what only other methods have, so that one search can compare methods."""
+    adapters = settings["method"] in ("lora", "dora", "qlora")
+    foreign = {
+        "lora_rank": not adapters,
+        "lora_targets": not adapters,
+        "base_quantization": settings["method"] != "qlora",
+        "trainable_layers": settings["method"] != "freeze",
+    }
+    return settings | {name: None for name, is_foreign in foreign.items() if is_foreign}
+
+
+def _default(name: str) -> Any:
+    return next(spec.default for spec in fields(Setup) if spec.name == name)

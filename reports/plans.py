@@ -1,0 +1,121 @@
+"""Plans on a terminal and as JSON: the front of time against money, and the largest batch and sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from reports import scale
+from reports.document import estimate_document
+from reports.page import Page
+from reports.screen import Screen
+from reports.terminal import describe_setup
+
+if TYPE_CHECKING:
+    from estimator.cost import RunRequest
+    from estimator.planning.largest import Largest
+    from estimator.planning.search import Limits, Plans
+    from estimator.result import Estimate
+    from estimator.setup import Setup
+
+SCHEMA = "vramcalc/plan/1"
+Command = Callable[["Setup", list[str]], str]
+"""The command that trains a setup with some data flags."""
+
+
+def plans_document(plans: Plans, most: Largest, request: RunRequest, command: Command) -> dict[str, Any]:
+    """The JSON document: base units, sections of a plan as in an estimate's."""
+    data = data_flags(request)
+    return {
+        "schema": SCHEMA,
+        "plans": [_plan(estimate, command(estimate.setup, data)) for estimate in plans.front],
+        "largest": {
+            "batch": most.batch,
+            "seq": most.seq,
+            "batch_setup": None if most.batch_setup is None else most.batch_setup.as_dict(),
+            "seq_setup": None if most.seq_setup is None else most.seq_setup.as_dict(),
+        },
+        "searched": plans.searched,
+        "fitting": plans.fitting,
+        "left_out": list(plans.unpriced),
+    }
+
+
+def _plan(estimate: Estimate, command: str) -> dict[str, Any]:
+    whole = estimate_document(estimate)
+    return {name: whole[name] for name in ("setup", "memory", "fits", "time", "run")} | {"command": command}
+
+
+def data_flags(request: RunRequest) -> list[str]:
+    """How much is trained, as ``train`` takes it."""
+    flags = []
+    for flag, value in (("--dataset-tokens", request.dataset_tokens), ("--samples", request.samples)):
+        if value is not None:
+            flags += [flag, str(value)]
+    if flags and float(request.epochs).is_integer():
+        flags += ["--epochs", str(int(request.epochs))]
+    return flags
+
+
+def print_plans(
+    screen: Screen, plans: Plans, most: Largest, request: RunRequest, limits: Limits, command: Command
+) -> None:
+    """Each plan in four lines, fastest first; then the largest, and what was searched."""
+    page = Page(screen)
+    data = data_flags(request)
+    for number, estimate in enumerate(plans.front, 1):
+        _print_plan(page, number, estimate, command(estimate.setup, data))
+    if not plans.front:
+        page.heading("No plan")
+        page.paragraph(_why_none(plans, limits))
+    _print_largest(page, most)
+    page.heading("Searched")
+    page.paragraph(f"{plans.searched:,} setups, of which {plans.fitting:,} fit; each plan is cheaper than all above it")
+    if not request.tokens(1):
+        page.paragraph("no data given: plans are compared by tokens; write --dataset-tokens N or --samples N")
+    if plans.unpriced:
+        page.paragraph(f"left out, no price or rate known: {', '.join(plans.unpriced)}; write --price 2.50 or --owned")
+
+
+def _why_none(plans: Plans, limits: Limits) -> str:
+    if not plans.fitting:
+        return "nothing fits"
+    asked = [text for text, given in (("the deadline", limits.hours), ("the budget", limits.usd)) if given is not None]
+    return f"{plans.fitting:,} setups fit, but none keeps {' and '.join(asked) or 'to what a dry run confirms'}"
+
+
+def _print_plan(page: Page, number: int, estimate: Estimate, command: str) -> None:
+    run, time, fit = estimate.run, estimate.time, estimate.fits
+    assert time is not None
+    page.heading(f"{number}. {_headline(estimate)}")
+    page.paragraph(describe_setup(estimate.setup))
+    if run is not None:
+        page.interval("time", run.hours, "hours")
+        if run.cost_usd is not None:
+            page.interval("cost", run.cost_usd, "usd")
+    page.interval("throughput", time.tokens_per_second, "tokens/s")
+    if fit.margin_bytes is not None and fit.capacity_bytes:
+        page.row(
+            "headroom", scale.memory_text(fit.margin_bytes), f"of {scale.memory_text(fit.capacity_bytes)} a device"
+        )
+    page.paragraph(command, indent="  ", bullet="$ ")
+
+
+def _headline(estimate: Estimate) -> str:
+    setup = estimate.setup
+    words = f"{setup.accelerators:,} x {setup.accelerator}"
+    run = estimate.run
+    if run is None:
+        return words
+    money = "" if run.cost_usd is None else f", {scale.dollars_text(run.cost_usd.value)}"
+    return f"{words}: {scale.seconds_text(run.hours.value * 3600)}{money}"
+
+
+def _print_largest(page: Page, most: Largest) -> None:
+    page.heading("Largest that fits")
+    if most.batch is None or most.batch_setup is None:
+        page.paragraph("not even one sequence")
+    else:
+        page.row("batch", f"{most.batch:,}", describe_setup(most.batch_setup))
+    if most.seq is not None and most.seq_setup is not None:
+        page.row("sequence", f"{most.seq:,}", describe_setup(most.seq_setup))

@@ -1,0 +1,150 @@
+"""``vramcalc plan``: searches the settings that were not given for the plans that nothing beats in time and money."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vramcalc.options import axes_options
+
+if TYPE_CHECKING:
+    from estimator.planning.space import Space
+    from estimator.setup import Setup
+
+
+@axes_options
+def plan(
+    *,
+    axes: dict[str, list[Any]],
+    dataset_tokens: Annotated[
+        str | None, typer.Option("--dataset-tokens", metavar="N", help="Tokens of one epoch: 1e9, 3T.")
+    ] = None,
+    samples: Annotated[str | None, typer.Option("--samples", metavar="N", help="Sequences of one epoch.")] = None,
+    epochs: Annotated[float, typer.Option("--epochs", help="How often the data is seen.")] = 1.0,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--global-batch",
+            min=1,
+            help="Sequences of an optimizer step over all devices.",
+            show_default="2^17 tokens; for 1e11 and more to train, 2^22",
+        ),
+    ] = None,
+    deadline: Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="At most: 36h, 90d.")] = None,
+    budget: Annotated[float | None, typer.Option("--budget", help="Dollars, at most.", show_default=False)] = None,
+    max_gpus: Annotated[
+        int | None, typer.Option("--max-gpus", min=1, help="Accelerators, at most.", show_default="512")
+    ] = None,
+    owned: Annotated[bool, typer.Option("--owned", help="The accelerators cost nothing by the hour.")] = False,
+    price: Annotated[
+        float | None, typer.Option("--price", help="Dollars for one GPU-hour.", show_default="catalog median")
+    ] = None,
+    provider: Annotated[str | None, typer.Option("--provider", help="Prices of this provider alone.")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Machines that can be taken back at any time.")] = False,
+    reserve: Annotated[
+        str | None, typer.Option("--reserve", metavar="BYTES", help="Device memory that something else holds: 2GiB.")
+    ] = None,
+    dry_run: Annotated[
+        bool | None,
+        typer.Option(
+            "--dry-run/--no-dry-run",
+            help="Confirm what is shown on fake tensors (needs torch).",
+            show_default="with --gpus 1",
+        ),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plans as JSON, in base units.")] = False,
+) -> None:
+    """Search for the cheapest and the fastest plans that fit, and the largest batch and sequence.
+
+    Whatever is not given is searched: accelerators and their count, sharding and parallel degrees, micro-batch and
+    accumulation, checkpointing. What changes the result of the training (method, precision, optimizer) is searched only
+    where several values are given: --method full,lora,qlora.
+    """
+    from estimator.cost import RunRequest
+    from estimator.errors import DoesNotFitError
+    from estimator.planning.largest import largest
+    from estimator.planning.search import Limits
+    from estimator.planning.search import plan as search
+    from estimator.planning.space import MOST_ACCELERATORS, Space
+    from estimator.units import parse_bytes, parse_count, parse_hours
+
+    space = Space.of(
+        axes,
+        global_batch=global_batch,
+        most_accelerators=max_gpus or MOST_ACCELERATORS,
+        owned=owned,
+    )
+    request = RunRequest(
+        dataset_tokens=None if dataset_tokens is None else parse_count(dataset_tokens, "dataset_tokens"),
+        samples=None if samples is None else parse_count(samples, "samples"),
+        epochs=epochs,
+        price_usd_per_gpu_hour=0.0 if owned else price,
+        provider=provider,
+        spot=spot,
+        reserve_bytes=0 if reserve is None else parse_bytes(reserve, "reserve"),
+    )
+    limits = Limits(hours=None if deadline is None else parse_hours(deadline, "deadline"), usd=budget)
+    confirm = _confirmation(space, request.reserve_bytes, dry_run)
+    plans = search(space, request, limits, fits=confirm)
+    most = largest(space, request.reserve_bytes, fits=confirm)
+    if json_output:
+        from reports.document import render_json
+        from reports.plans import plans_document
+
+        typer.echo(render_json(plans_document(plans, most, request, _command)), nl=False)
+    else:
+        from reports.plans import print_plans
+        from reports.screen import Screen
+
+        print_plans(Screen(), plans, most, request, limits, _command)
+    if plans.nearest is not None:
+        from reports.scale import memory_text
+        from reports.terminal import describe_setup
+
+        raise DoesNotFitError(
+            f"plan: none of {plans.searched:,} setups fits; the nearest is {memory_text(plans.nearest_bytes)} too large: "
+            + describe_setup(plans.nearest)
+        )
+
+
+def _confirmation(space: Space, reserve_bytes: int, wanted: bool | None) -> Callable[[Setup], bool] | None:
+    """The dry run as a judge of what the formula says fits; ``None`` where it is not wanted or cannot be.
+
+    Left to itself it judges searches for one device alone: there it is exact, and takes seconds.
+    """
+    from estimator.errors import InputError, MissingError
+
+    if wanted is False or (wanted is None and space.given.get("accelerators") != (1,)):
+        return None
+    known: dict[Setup, bool] = {}
+
+    def fits(setup: Setup) -> bool:
+        from estimator.estimate import fits_by_dry_run
+
+        if setup not in known:
+            print(f"dry run: {setup.accelerator}, batch {setup.batch} x {setup.seq:,} tokens", file=sys.stderr)
+            known[setup] = fits_by_dry_run(setup, reserve_bytes=reserve_bytes)
+        return known[setup]
+
+    try:
+        from estimator.dryrun.run import check_dry_runnable
+
+        for base in space.bases():
+            check_dry_runnable(base)
+    except (InputError, MissingError) as error:
+        if wanted:
+            raise
+        print(f"not confirmed by a dry run: {error}", file=sys.stderr)
+        return None
+    return fits
+
+
+def _command(setup: Setup, data: list[str]) -> str:
+    """The ``vramcalc train`` of one plan: what differs from the defaults."""
+    from vramcalc.options import flags_of
+
+    name = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in setup.model.rsplit("/", 1)[-1])
+    return " ".join(["vramcalc train", *flags_of(setup), *data, "--out", f"runs/{name}"])
