@@ -9,7 +9,7 @@ from reports import scale
 from reports.document import estimate_document
 from reports.page import Page
 from reports.screen import Screen
-from reports.terminal import describe_setup
+from reports.terminal import describe_method, describe_setup
 
 if TYPE_CHECKING:
     from estimator.cost import RunRequest
@@ -88,7 +88,7 @@ def _print_plan(page: Page, number: int, estimate: Estimate, command: str) -> No
     run, time, fit = estimate.run, estimate.time, estimate.fits
     assert time is not None
     page.heading(f"{number}. {_headline(estimate)}")
-    page.paragraph(describe_setup(estimate.setup))
+    page.paragraph(f"{describe_method(estimate.setup)}, {estimate.setup.framework}, {describe_setup(estimate.setup)}")
     if run is not None:
         page.interval("time", run.hours, "hours")
         if run.cost_usd is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import sys
@@ -14,6 +15,8 @@ from estimator.errors import DoesNotFitError, InputError, MissingError
 
 COMMANDS = {
     "estimate": "Predict memory, time, checkpoints and cost of a fine-tune.",
+    "chart": "Chart the memory of methods and model sizes, beside the published chart.",
+    "plan": "Search for the cheapest and the fastest plans that fit, and the largest batch and sequence.",
     "profile": "Run short real fine-tunes over a grid, and record what they take.",
     "fit": "Fit the laws of one device - memory, step time, checkpoints - to measured runs.",
     "train": "Run the full fine-tune, and compare it with the estimate.",
@@ -104,6 +107,11 @@ def _guard(action: Callable[[], Any]) -> int:
     except (BrokenPipeError, SystemExit):  # typer itself exits only where the reader of its output has gone
         _silence_stdout()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _silence_stdout()
+        return _fail(f"output: cannot be written: {error.strerror}", 2)
     except Exception as error:
         message = getattr(error, "format_message", None)  # what the command line's parser raises
         if message is None:

@@ -43,15 +43,11 @@ def _largest(
 ) -> tuple[int | None, Setup | None]:
     best: tuple[int, Setup | None] = (0, None)
     shape = resolve_model(space.given["model"][0])
-    for base in space.bases():
-        assert base.accelerator is not None
-        device = find_accelerator(base.accelerator)
-        if device.usable_bytes is None:
-            continue
+    for base, usable_bytes in _roomiest(space):
         numbers = layouts(space, shape, base)
         if not len(numbers["accelerators"]):
             continue
-        values = _bisected(shape, base, numbers, axis, device.usable_bytes - reserve_bytes)
+        values = _bisected(shape, base, numbers, axis, usable_bytes, reserve_bytes)
         index = int(values.argmax())
         if values[index] > best[0]:
             chosen: dict[str, Any] = {name: int(column[index]) for name, column in numbers.items()}
@@ -67,6 +63,18 @@ def _largest(
     return (value, setup) if value else (None, None)
 
 
+def _roomiest(space: Space) -> list[tuple[Setup, int]]:
+    """Each combination on the accelerator with most memory: the others hold the same, in less."""
+    found: dict[Setup, tuple[Setup, int]] = {}
+    for base in space.bases():
+        assert base.accelerator is not None
+        usable = find_accelerator(base.accelerator).usable_bytes
+        anywhere = dataclasses.replace(base, accelerator=None)
+        if usable is not None and (anywhere not in found or found[anywhere][1] < usable):
+            found[anywhere] = (base, usable)
+    return list(found.values())
+
+
 def _point(axis: str, value: int) -> dict[str, Any]:
     return {axis: value, "accumulation": 1} | ({"batch": 1} if axis == "seq" else {})
 
@@ -79,7 +87,9 @@ def _smallest(space: Space, axis: str) -> Setup | None:
     return dataclasses.replace(base, **_point(axis, 1))
 
 
-def _bisected(shape: Any, base: Setup, numbers: dict[str, Any], axis: str, capacity_bytes: int) -> Any:
+def _bisected(
+    shape: Any, base: Setup, numbers: dict[str, Any], axis: str, usable_bytes: int, reserve_bytes: int
+) -> Any:
     """The largest value of ``axis`` that fits each layout; 0 where 1 does not. More never takes less."""
     import numpy
 
@@ -88,8 +98,8 @@ def _bisected(shape: Any, base: Setup, numbers: dict[str, Any], axis: str, capac
     fixed = {"accumulation": 1} | ({"batch": 1} if axis == "seq" else {})
     while (high - low > 1).any():
         middle = numpy.maximum((low + high) // 2, 1)
-        taken = grid_device_bytes(shape, setup_grid(base, **numbers, **fixed, **{axis: middle}), capacity_bytes=None)
-        fit = taken <= capacity_bytes
+        grid = setup_grid(base, **numbers, **fixed, **{axis: middle})
+        fit = grid_device_bytes(shape, grid, reserve_bytes=reserve_bytes) <= usable_bytes - reserve_bytes
         low, high = numpy.where(fit, middle, low), numpy.where(fit, high, middle)
     return low
 

@@ -218,3 +218,14 @@ def test_a_hub_model_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPat
     done = vramcalc("estimate", "--model", "someone/something-9b", env=environment)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: model: 'someone/something-9b'") and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("command", ["estimate --model nano --json", "models"])
+def test_a_full_disk_behind_the_output_is_one_line(command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vramcalc", *command.split()], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: output: cannot be written: No space left on device\n"

@@ -1,0 +1,163 @@
+"""The search for plans: what is predicted in bulk is what an estimate says, and the front is a front."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from estimator.catalog import resolve_model
+from estimator.cost import RunRequest
+from estimator.errors import InputError
+from estimator.estimate import estimate
+from estimator.planning.largest import largest
+from estimator.planning.layouts import candidates
+from estimator.planning.search import Limits, plan
+from estimator.planning.space import Space
+from estimator.setup import Setup
+from estimator.units import GIB
+
+REQUEST = RunRequest(dataset_tokens=10**8)
+NO_LIMITS = Limits()
+ONE_CARD = {
+    "model": ["qwen1.5-0.5b"], "framework": ["hf-trainer"], "precision": ["fp16-mixed"], "optimizer": ["adamw"],
+    "checkpointing": ["none"], "attention": ["sdpa"], "accelerator": ["rtx-3090"], "accelerators": ["1"],
+}  # fmt: skip
+
+
+def test_the_front_is_faster_and_dearer_in_order_and_fits() -> None:
+    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]}, most_accelerators=16)
+    plans = plan(space, REQUEST, NO_LIMITS)
+    assert len(plans.front) > 2 and plans.fitting <= plans.searched
+    hours = [found.time.step_seconds.value / found.setup.tokens_per_step for found in plans.front if found.time]
+    dollars = [h * found.setup.accelerators * _price(found) for h, found in zip(hours, plans.front, strict=True)]
+    assert hours == sorted(hours) and dollars == sorted(dollars, reverse=True)
+    assert all(found.fits.fits for found in plans.front)
+    assert {found.setup.batch * found.setup.accumulation * found.setup.data_ranks for found in plans.front} == {64}
+
+
+def _price(found: object) -> float:
+    run = found.run  # type: ignore[attr-defined]
+    assert run is not None and run.price_usd_per_gpu_hour is not None
+    return float(run.price_usd_per_gpu_hour)
+
+
+def test_no_setup_of_the_space_beats_a_plan_in_both() -> None:
+    """One by one, as ``estimate`` predicts them."""
+    space = Space.of(
+        {"model": ["qwen2.5-0.5b"], "accelerator": ["rtx-4090", "h100"], "accelerators": ["1", "2"], "seq": ["1024"]}
+    )
+    plans = plan(space, REQUEST, NO_LIMITS)
+    shape = resolve_model("qwen2.5-0.5b")
+    seen = 0
+    for base in space.bases():
+        columns = candidates(space, shape, base, space.sequences_per_step(10**8))
+        for index in range(len(columns["batch"])):
+            numbers = {name: int(values[index]) for name, values in columns.items()}
+            one = estimate(dataclasses.replace(base, data_parallel=None, **numbers), request=REQUEST)
+            seen += 1
+            if one.fits.fits:
+                assert not any(_beats(one, found) for found in plans.front)
+    assert seen == plans.searched
+
+
+def _beats(one: object, other: object) -> bool:
+    """By more than the two per cent that a front leaves out."""
+    first, second = (_pace(estimate) for estimate in (one, other))
+    return first[0] < second[0] * 0.98 and first[1] < second[1] * 0.98
+
+
+def _pace(found: object) -> tuple[float, float]:
+    """(hours, dollars) of a token."""
+    hours = found.time.step_seconds.value / found.setup.tokens_per_step  # type: ignore[attr-defined]
+    return hours, hours * found.setup.accelerators * _price(found)  # type: ignore[attr-defined]
+
+
+def test_limits_are_kept_by_the_whole_run() -> None:
+    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]}, most_accelerators=16)
+    free = plan(space, REQUEST, NO_LIMITS).front
+    assert free[0].run and free[-1].run and free[0].run.cost_usd
+    deadline = plan(space, REQUEST, Limits(hours=free[0].run.hours.value * 1.5)).front
+    assert deadline and all(found.run and found.run.hours.value <= free[0].run.hours.value * 1.5 for found in deadline)
+    budget = plan(space, REQUEST, Limits(usd=free[0].run.cost_usd.value / 2)).front
+    assert all(
+        found.run and found.run.cost_usd and found.run.cost_usd.value <= free[0].run.cost_usd.value / 2
+        for found in budget
+    )
+    assert not plan(space, REQUEST, Limits(hours=1e-6)).front
+
+
+def test_methods_are_compared_where_several_are_given() -> None:
+    space = Space.of(
+        {
+            "model": ["llama-3.1-8b"],
+            "method": ["full", "lora", "qlora"],
+            "lora_rank": ["8"],
+            "accelerator": ["rtx-4090"],
+            "accelerators": ["1"],
+        }
+    )
+    bases = list(space.bases())
+    assert {(base.method, base.lora_rank) for base in bases} == {("full", None), ("lora", 8), ("qlora", 8)}
+    plans = plan(space, REQUEST, NO_LIMITS)
+    assert {found.setup.method for found in plans.front} <= {"lora", "qlora"}  # the full fine-tune does not fit
+
+
+def test_where_nothing_fits_the_nearest_is_named() -> None:
+    space = Space.of({"model": ["llama-3.1-405b"], "accelerator": ["rtx-3090"], "accelerators": ["1"]})
+    plans = plan(space, REQUEST, NO_LIMITS)
+    assert not plans.front and not plans.fitting
+    assert plans.nearest is not None and plans.nearest.checkpointing == "full" and plans.nearest_bytes > 100 * GIB
+
+
+def test_a_denied_plan_makes_way_for_the_next() -> None:
+    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"], "accelerator": ["h100"], "accelerators": ["1"]})
+    asked: list[Setup] = []
+
+    def deny_the_first(setup: Setup) -> bool:
+        asked.append(setup)
+        return len(asked) > 1
+
+    plans = plan(space, REQUEST, NO_LIMITS, fits=deny_the_first)
+    assert plans.front and plans.front[0].setup == asked[1] != asked[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "rest", "message"),
+    [
+        ({}, {}, "model: write --model"),
+        ({"model": ["nano", "micro"]}, {}, "model: a plan is for one model"),
+        ({"model": ["nano"], "seq": ["512", "1024"]}, {}, "seq: a plan is for one seq"),
+        ({"model": ["nano"], "checkpointing": ["some"]}, {}, "checkpointing: 'some' is not known"),
+        ({"model": ["nano"], "accelerator": ["h1000"]}, {}, "accelerator: 'h1000' is not in the catalog"),
+    ],
+)
+def test_bad_spaces_are_one_line(given: dict[str, list[str]], rest: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Space.of(given, **rest)
+
+
+def test_a_global_batch_that_nothing_makes_is_said() -> None:
+    space = Space.of(
+        {"model": ["nano"], "accelerator": ["h100"], "accelerators": ["1"], "batch": ["2"]}, global_batch=7
+    )
+    with pytest.raises(InputError, match="global_batch: no batch"):
+        plan(space, REQUEST, NO_LIMITS)
+
+
+def test_the_largest_is_where_the_estimate_turns() -> None:
+    found = largest(Space.of(ONE_CARD | {"seq": ["512"]}), 2 * GIB)
+    assert found.batch_setup and found.batch and found.seq_setup and found.seq
+    request = RunRequest(reserve_bytes=2 * GIB)
+    for setup, name, value in ((found.batch_setup, "batch", found.batch), (found.seq_setup, "seq", found.seq)):
+        assert estimate(setup, request=request).fits.fits
+        more = dataclasses.replace(setup, **{name: value + max(1, value // 500)})  # type: ignore[arg-type]
+        assert estimate(more, request=request).fits.fits is False
+
+
+def test_the_largest_moves_to_where_a_judge_says() -> None:
+    space = Space.of(ONE_CARD | {"seq": ["512"]})
+    for most in (1, 5, 7, 8, 11, 30):
+        assert largest(space, 0, fits=lambda setup, most=most: setup.batch <= most and setup.seq <= 1024).batch == most  # type: ignore[misc]
+    nothing = largest(space, 0, fits=lambda setup: False)
+    assert nothing.batch is None and nothing.seq is None
