@@ -119,7 +119,7 @@ def _time(run: Run, trained: Sequence[LogEntry]) -> tuple[PredictedMeasured, ...
         PredictedMeasured(
             quantity="training time",
             unit="hours",
-            predicted=whole.hours if whole else None,
+            predicted=whole.training_hours if whole else None,
             measured=_training_seconds(trained) / 3600,
         ),
     )

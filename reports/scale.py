@@ -20,6 +20,7 @@ _SI_UNITS: tuple[tuple[float, str], ...] = (
     (1, ""), (1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"),
 )  # fmt: skip
 _ENERGY_UNITS: tuple[tuple[float, str], ...] = ((1e-3, "Wh"), (1, "kWh"), (1e3, "MWh"), (1e6, "GWh"))
+_MASS_UNITS: tuple[tuple[float, str], ...] = ((1e-3, "g"), (1, "kg"), (1e3, "t"))
 _LEAST_OF_UNIT = (1, 1, 1, 2, 2, 2, 2)
 
 
@@ -123,6 +124,11 @@ def energy_text(kilowatt_hours: float) -> str:
     return _in_unit(kilowatt_hours, pick_unit(kilowatt_hours, _ENERGY_UNITS))
 
 
+def mass_text(kilograms: float) -> str:
+    """A mass from kg: "850 g", "1.20 t"."""
+    return _in_unit(kilograms, pick_unit(kilograms, _MASS_UNITS))
+
+
 def percent_text(fraction: float, *, sign: bool = False) -> str:
     """A fraction as "0.12%", "4.2%", "38%"; with ``sign`` "+4.2%"."""
     percent = fraction * 100
@@ -147,6 +153,7 @@ def value_text(value: float, unit: str) -> str:
         "hours": lambda hours: seconds_text(hours * 3600),
         "usd": dollars_text,
         "kwh": energy_text,
+        "kg": mass_text,
         "fraction": percent_text,
         "count": count_text,
     }

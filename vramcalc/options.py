@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -20,6 +21,7 @@ from estimator.units import parse_count
 _SHORT = {"accelerator": "--gpu", "accelerators": "--gpus", "base_quantization": "--quantization"}
 _LONG = {"params": "model"} | {flag.removeprefix("--"): name for name, flag in _SHORT.items()}
 _PANEL = "The setup"
+_FILLED_IN = ("optimizer", "zero_grad", "sharding", "data_parallel")
 
 
 def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,11 +34,16 @@ def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _with_flags(command, "setups", lambda values, config: _grid(values, config))
 
 
+def axes_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command that takes ``axes: dict[str, list[Any]]`` the same flags and lists: only those that were written."""
+    return _with_flags(command, "axes", lambda values, config: _axes(values, config))
+
+
 def _with_flags(
     command: Callable[..., Any], name: str, build: Callable[[dict[str, str], Path | None], Any]
 ) -> Callable[..., Any]:
     own = inspect.signature(command, eval_str=True)
-    lists = name == "setups"
+    lists = name != "setup"
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> Any:
@@ -90,6 +97,15 @@ def _one(values: Mapping[str, str], config: Path | None) -> Setup:
 
 def _grid(values: Mapping[str, str], config: Path | None) -> tuple[Setup, ...]:
     """Every combination; settings vary from right to left, as nested loops in the order of declaration."""
+    axes = _axes(values, config)
+    if not axes.get("model"):
+        raise InputError("model: write --model NAME[,NAME...] or --params N[,N...]")
+    combinations = itertools.product(*axes.values())
+    return tuple(Setup.from_mapping(dict(zip(axes, point, strict=True))) for point in combinations)
+
+
+def _axes(values: Mapping[str, str], config: Path | None) -> dict[str, list[Any]]:
+    """The values of each setting that was written, in the order of declaration."""
     merged = {**_read_config(config), **values}
     axes: dict[str, list[Any]] = {}
     for spec in fields(Setup):
@@ -100,10 +116,7 @@ def _grid(values: Mapping[str, str], config: Path | None) -> tuple[Setup, ...]:
             axes[spec.name] = value if isinstance(value, list) else _split(spec.name, str(value))
     if merged:
         Setup.from_mapping(merged)  # names the setting that does not exist
-    if not axes.get("model"):
-        raise InputError("model: write --model NAME[,NAME...] or --params N[,N...]")
-    combinations = itertools.product(*axes.values())
-    return tuple(Setup.from_mapping(dict(zip(axes, point, strict=True))) for point in combinations)
+    return axes
 
 
 def _split(name: str, text: str) -> list[str]:
@@ -134,3 +147,23 @@ def _read_config(path: Path | None) -> dict[str, Any]:
             raise InputError(f"{name}: {path} gives it twice, once as {written}; write it once")
         settings[name] = value
     return settings
+
+
+def flags_of(setup: Setup) -> list[str]:
+    """The flags that give ``setup`` again: each setting that is not its default, quoted for a shell."""
+    import shlex
+
+    # What the framework would fill in by itself.
+    unfilled: dict[str, Any] = dict.fromkeys(_FILLED_IN)
+    filled = dataclasses.replace(setup, **unfilled).resolved()
+    words = []
+    for spec in fields(Setup):
+        value = getattr(setup, spec.name)
+        if value == spec.default or (spec.name in _FILLED_IN and value == getattr(filled, spec.name)):
+            continue
+        flag = _SHORT.get(spec.name, "--" + spec.name.replace("_", "-"))
+        if isinstance(value, bool):
+            words.append(flag if value else "--pad" if spec.name == "pack" else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, shlex.quote(str(value))]
+    return words

@@ -15,8 +15,10 @@ Columns = dict[str, Any]
 
 
 def layouts(space: Space, shape: ModelShape, base: Setup) -> Columns:
-    """Counts of devices and parallel degrees that can be, each once."""
+    """Counts of devices and parallel degrees that can be, each once; for one micro-batch, which needs no pipeline."""
     numbers = space.numbers(base, experts=bool(shape.experts))
+    if "pipeline_parallel" not in space.given:
+        numbers["pipeline_parallel"] = (1,)
     del numbers["batch"]
     numbers.pop("accumulation", None)
     return _can_be(shape, base, _meshed(numbers))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.catalog import resolve_model
-from estimator.compute import formula_seconds, step_work
+from estimator.compute import step_work
 from estimator.cost import RunRequest
 from estimator.errors import InputError
 from estimator.estimate import estimate
@@ -20,6 +20,7 @@ from estimator.prices import choose_price
 from estimator.result import Estimate
 from estimator.setup import Setup
 from estimator.shape import ModelShape
+from estimator.step_law import formula_seconds
 
 if TYPE_CHECKING:
     import numpy

@@ -1,0 +1,27 @@
+"""How many setups a second a plan's search predicts (memory, time, money): ``python benchmarks/plan_speed.py``."""
+
+from __future__ import annotations
+
+import time
+
+from estimator.cost import RunRequest
+from estimator.planning.search import Limits, plan
+from estimator.planning.space import Space
+
+
+def main() -> None:
+    space = Space.of(
+        {"model": ["llama-3.1-70b"], "seq": ["8192"], "framework": ["torchtitan"], "batch": [*range(1, 33)]},
+        global_batch=2**10,
+        most_accelerators=2**14,
+    )
+    request = RunRequest(dataset_tokens=10**11)
+    plan(space, request, Limits(hours=1e-9))  # what is read once
+    started = time.process_time()
+    plans = plan(space, request, Limits())
+    seconds = time.process_time() - started
+    print(f"{plans.searched:,} setups in {seconds:.2f} s of one core: {plans.searched / seconds:,.0f} a second")
+
+
+if __name__ == "__main__":
+    main()
