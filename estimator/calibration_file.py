@@ -38,16 +38,16 @@ def to_document(calibration: Calibration) -> dict[str, Any]:
     return {"schema": SCHEMA, **dataclasses.asdict(calibration)}
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "out") -> None:
     """Raises InputError where a file cannot be written at ``path``, before the work whose result it is to hold."""
     try:
         if path.is_dir():
-            raise InputError(f"out: {path} is a directory; write a file in it")
+            raise InputError(f"{flag}: {path} is a directory; write a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"out: cannot write {path}: {error.strerror or error}") from None
+        raise InputError(f"{flag}: cannot write {path}: {error.strerror or error}") from None
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

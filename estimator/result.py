@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from estimator.setup import Setup
 from estimator.units import Interval
+
+if TYPE_CHECKING:
+    from estimator.dryrun.result import DryRun
+    from estimator.remedies import Remedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class MemoryEstimate:
     peak_reserved_bytes: Interval
     peak_device_bytes: Interval
     peak_host_bytes: Interval
+    dry_run: DryRun | None = None
+    """What the dry run found, where the memory is from one: what holds the peak, and the timeline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +94,61 @@ class CheckpointEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEstimate:
+    """A whole run, from start to the last checkpoint."""
+
     steps: int
     tokens: int
     epochs: float
     hours: Interval
+    """Wall time, everything included."""
     gpu_hours: Interval
     cost_usd: Interval | None
     energy_kwh: Interval | None
+    """Of the machines, accelerators and all."""
     price_usd_per_gpu_hour: float | None
     price_source: str | None
+    """Whose price, and of when."""
+    parts: tuple[Part, ...] = ()
+    """Hours of the start-up, the steps, evaluations, checkpoint writes and failures; they sum to ``hours.value``."""
+    training_hours: Interval | None = None
+    """The steps alone."""
+    goodput: Interval | None = None
+    """The steps' share of the wall time."""
+    restarts: Interval | None = None
+    """Expected number of failures that stop the run."""
+    evaluations: int | None = None
+    checkpoints: int | None = None
+    save_every_steps: int | None = None
+    checkpoint_written_bytes: int | None = None
+    """Of all checkpoints, those included that were pruned later."""
+    power_watts: float | None = None
+    """The power limit of one accelerator."""
+    power_source: str | None = None
+    co2_kg: Interval | None = None
+    grid_gco2_per_kwh: float | None = None
+    grid_source: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetEstimate:
+    """What a sum of money trains. The low end of an interval is what it buys at the high ends of price and time."""
+
+    budget_usd: float
+    price_usd_per_gpu_hour: float
+    price_source: str
+    hours: Interval
+    """Wall time that the money rents all accelerators for."""
+    steps: Interval
+    tokens: Interval
+    epochs: Interval | None
+    """Over the data; ``None`` where none was stated."""
+    chinchilla_tokens: int
+    """Compute-optimal tokens for this model: 20 a parameter."""
+    chinchilla_share: Interval
+    """``tokens`` over ``chinchilla_tokens``."""
+    optimal_parameters: Interval
+    """The size of the dense model that the same FLOPs pretrain best, on ``optimal_tokens``."""
+    optimal_tokens: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +181,7 @@ class Estimate:
     """The path of the calibration that was used."""
     notes: tuple[str, ...]
     """Assumptions and caveats that matter, one line each."""
+    budget: BudgetEstimate | None = None
+    """``None`` without a budget or without a time."""
+    remedies: tuple[Remedy, ...] = ()
+    """Where it does not fit and was asked for: what would make it fit, the cheapest first."""

@@ -31,6 +31,8 @@ _FRAMEWORK_DEFAULTS: dict[str, dict[str, Any]] = {
     "torch-loop": {"optimizer": "adamw", "zero_grad": "none"},
 }
 _OTHER_FRAMEWORKS = {"optimizer": "adamw", "zero_grad": "none"}
+# Of several data-parallel ranks; fsdp elsewhere. Megatron's recipes turn its distributed optimizer on.
+_DEFAULT_SHARDING = {"megatron": "zero1", "megatron-deepspeed": "zero1", "nemo": "zero1", "mlperf": "zero1"}
 
 
 def _setting(
@@ -105,11 +107,20 @@ class Setup:
     batch: int = _setting(1, "Sequences of a micro-batch on each device.", minimum=1)
     accumulation: int = _setting(1, "Micro-batches of an optimizer step.", minimum=1)
     eval_batch: int | None = _setting(None, "Sequences of an evaluation batch; without it no evaluation.", minimum=1)
+    logit_copies: str = _setting(
+        "none",
+        "What the loss copies of the logits before it upcasts or shifts them: none (transformers 4.50 and later), shifted "
+        "(before 4.46), shifted-and-half (between).",
+        choices=("none", "shifted", "shifted-and-half"),
+    )
+    varying_lengths: bool = _setting(
+        False, "Batches are as long as their longest sequence, --seq at most: lengths vary from step to step."
+    )
     pack: bool = _setting(True, "Sequences are packed to --seq tokens (--no-pack: padded).")
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            _check(spec, getattr(self, spec.name))
+            check_value(spec, getattr(self, spec.name))
         if self.method in ("lora", "dora", "qlora") and self.lora_rank is None:
             object.__setattr__(self, "lora_rank", 16)
         if self.method == "qlora" and self.base_quantization is None:
@@ -118,14 +129,9 @@ class Setup:
             raise InputError(
                 "trainable_layers: --method freeze needs --trainable-layers N (how many last layers train)"
             )
-        if self.method in ("full", "freeze"):
-            for given in ("lora_rank", "lora_targets", "base_quantization"):
-                if getattr(self, given):
-                    raise InputError(
-                        f"{given}: means nothing with --method {self.method}; write --method lora or qlora"
-                    )
-        if self.method != "freeze" and self.trainable_layers is not None:
-            raise InputError(f"trainable_layers: means nothing with --method {self.method}; write --method freeze")
+        if self.method in ("full", "freeze") and (self.lora_rank or self.base_quantization):
+            given = "lora_rank" if self.lora_rank else "base_quantization"
+            raise InputError(f"{given}: means nothing with --method {self.method}; write --method lora or qlora")
         if self.accelerators % self.model_parallel:
             raise InputError(
                 f"accelerators: {self.accelerators} is not a multiple of tensor x pipeline x context parallel ranks = "
@@ -158,7 +164,7 @@ class Setup:
         defaults = _FRAMEWORK_DEFAULTS.get(self.framework, _OTHER_FRAMEWORKS)
         filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.sharding is None:
-            filled["sharding"] = "none" if self.data_ranks == 1 else "fsdp"
+            filled["sharding"] = "none" if self.data_ranks == 1 else _DEFAULT_SHARDING.get(self.framework, "fsdp")
         if self.data_parallel is None:
             filled["data_parallel"] = self.data_ranks
         return dataclasses.replace(self, **filled)
@@ -217,7 +223,8 @@ _MOST = 10**12
 """Of every count: products of several stay far from where floating-point numbers end."""
 
 
-def _check(spec: dataclasses.Field[Any], value: Any) -> None:
+def check_value(spec: dataclasses.Field[Any], value: Any) -> None:
+    """Raises InputError where ``value`` is none that the setting ``spec`` may have."""
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
     flag = "--" + spec.name.replace("_", "-")
     if value is None:

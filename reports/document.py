@@ -28,9 +28,11 @@ def estimate_document(estimate: Estimate) -> dict[str, Any]:
         "memory": _memory(estimate.memory),
         "fits": _fit(estimate.fits),
         "fits_on": [_fit(fit) for fit in estimate.fits_on],
+        "remedies": [dataclasses.asdict(remedy) | {"change": dict(remedy.change)} for remedy in estimate.remedies],
         "time": _time(estimate.time),
         "checkpoint": _checkpoint(estimate.checkpoint),
         "run": _run(estimate.run),
+        "budget": None if estimate.budget is None else dataclasses.asdict(estimate.budget),
         "naive": dataclasses.asdict(estimate.naive),
         "calibration": estimate.calibration,
         "notes": list(estimate.notes),
@@ -69,6 +71,7 @@ def _memory(memory: MemoryEstimate) -> dict[str, Any]:
         "peak_device_bytes": _bytes(memory.peak_device_bytes),
         "peak_host_bytes": _bytes(memory.peak_host_bytes),
         "parts": [_part(part) for part in memory.parts],
+        "holders": [dataclasses.asdict(holder) for holder in memory.dry_run.holders] if memory.dry_run else None,
     }
 
 
@@ -111,4 +114,18 @@ def _run(run: RunEstimate | None) -> dict[str, Any]:
         "energy_kwh": _interval(run.energy_kwh) if run else None,
         "price_usd_per_gpu_hour": run.price_usd_per_gpu_hour if run else None,
         "price_source": run.price_source if run else None,
+        "parts_hours": {part.name: part.amount for part in run.parts} if run else None,
+        "training_hours": _interval(run.training_hours) if run else None,
+        "goodput": _interval(run.goodput) if run else None,
+        "restarts": _interval(run.restarts) if run else None,
+        "evaluations": run.evaluations if run else None,
+        "checkpoints": run.checkpoints if run else None,
+        "save_every_steps": run.save_every_steps if run else None,
+        "checkpoint_written_bytes": run.checkpoint_written_bytes if run else None,
+        "power_watts": run.power_watts if run else None,
+        "power_source": run.power_source if run else None,
+        "co2_kg": _interval(run.co2_kg) if run else None,
+        "grid_gco2_per_kwh": run.grid_gco2_per_kwh if run else None,
+        "grid_source": run.grid_source if run else None,
+        "parts": [_part(part) for part in run.parts] if run else None,
     }

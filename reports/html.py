@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from estimator.calibration import Calibration
-from estimator.errors import MissingError
 from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.setup import Setup
@@ -32,6 +31,7 @@ from reports.series import (
     panel,
     residuals,
 )
+from reports.templating import render_template
 from reports.training import Training
 
 LARGER = (("8B", "8e9"), ("400B", "400e9"))
@@ -103,7 +103,8 @@ def render_report(
         shown_tables.append(tables.reasons_table(unpredicted, name="unpredicted", caption=caption))
     if facts := environment_facts(runs):
         shown_tables.append(tables.environment_table(facts))
-    return _render(
+    return render_template(
+        "report.html.j2",
         title=title,
         created=created,
         tiles=summary.tiles(runs, errors, calibration, memory) if runs else [],
@@ -131,21 +132,6 @@ def render_report(
         tables=shown_tables,
         dropped=[(drop.run, drop.quantity, drop.reason) for drop in calibration.dropped] if calibration else [],
     )
-
-
-def _render(**values: object) -> str:
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingError("report: needs jinja2; pip install 'vramcalc-toolkit[report]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(**values)
 
 
 def _memory_quantity(runs: Sequence[MeasuredRun]) -> Quantity:

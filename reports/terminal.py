@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from reports import scale
+from reports.memory import print_holders, print_remedies
+from reports.page import Page
+from reports.run import print_budget, print_run
 from reports.runs import printable, setting_text, varied_settings
 from reports.screen import Screen
 
@@ -17,9 +19,14 @@ if TYPE_CHECKING:  # each dataclass costs time to load, and `estimate` has it me
     from rich.console import Console
 
     from estimator.measured import MeasuredRun
-    from estimator.result import Estimate, FitEstimate, MemoryEstimate, NaiveEstimate, RunEstimate, TimeEstimate
+    from estimator.result import (
+        Estimate,
+        FitEstimate,
+        MemoryEstimate,
+        NaiveEstimate,
+        TimeEstimate,
+    )
     from estimator.setup import Setup
-    from estimator.units import Interval
     from reports.comparison import Comparison
 
 _METHODS = {
@@ -31,64 +38,26 @@ _METHODS = {
 
 def print_estimate(screen: Screen, estimate: Estimate) -> None:
     """The whole estimate, section by section."""
-    page = _Page(screen)
+    page = Page(screen)
     _print_what(page, estimate)
     _print_memory(page, estimate.memory)
+    if estimate.memory.dry_run is not None:
+        print_holders(page, estimate.memory.dry_run.holders)
     _print_fits(page, estimate.fits, estimate.fits_on)
+    if estimate.remedies:
+        print_remedies(page, estimate.remedies)
     if estimate.time is not None:
         _print_time(page, estimate.time)
     _print_disk(page, estimate)
     if estimate.run is not None:
-        _print_run(page, estimate.run, estimate.setup)
+        print_run(page, estimate.run, estimate.setup)
+    if estimate.budget is not None:
+        print_budget(page, estimate.budget, estimate.setup)
     _print_naive(page, estimate.naive, estimate)
     if estimate.notes:
         page.heading("Assumed")
         for note in estimate.notes:
             page.paragraph(note, bullet="- ")
-
-
-class _Page:
-    """Lines of a report: headings, aligned rows of label and columns, wrapped paragraphs."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self.width = max(40, min(screen.width, 100))
-        self._first = True
-
-    def line(self, text: str, style: str = "") -> None:
-        self._screen.line(printable(text.rstrip()), style)
-
-    def heading(self, text: str, aside: str = "") -> None:
-        if not self._first:
-            self.line("")
-        self._first = False
-        for number, line in enumerate(textwrap.wrap(f"{text} ({aside})" if aside else text, self.width)):
-            self.line(line if number == 0 else "  " + line, "bold")
-
-    def row(self, label: str, value: str, aside: str = "", style: str = "") -> None:
-        """``  label      value  aside``: values end in one column; an aside that does not fit goes below."""
-        start = f"  {label:<13} {value:>15}"
-        if not aside:
-            self.line(start, style)
-        elif len(start) + 2 + len(aside) <= self.width:
-            self.line(f"{start}  {aside}", style)
-        else:
-            self.line(start, style)
-            self.paragraph(aside, indent=" " * 6)
-
-    def interval(self, label: str, interval: Interval, unit: str, note: str = "", style: str = "") -> None:
-        bounds = scale.bounds_text(interval, unit)
-        aside = "; ".join(text for text in (bounds, note) if text)
-        self.row(label, scale.value_text(interval.value, unit), aside, style)
-
-    def paragraph(self, text: str, *, indent: str = "  ", bullet: str = "") -> None:
-        first, rest = indent + bullet, indent + " " * len(bullet)
-        for line in textwrap.wrap(text, self.width, initial_indent=first, subsequent_indent=rest):
-            self.line(line)
-
-    def bar(self, fraction: float, width: int) -> str:
-        glyph = "\u2588" if self._screen.draws_blocks else "#"
-        return glyph * round(fraction * width)
 
 
 def describe_setup(setup: Setup) -> str:
@@ -100,6 +69,8 @@ def describe_setup(setup: Setup) -> str:
         parts.append(f"{setup.checkpointing} checkpointing")
     if setup.sharding not in (None, "none"):
         parts.append(str(setup.sharding))
+    degrees = (("tensor", setup.tensor_parallel), ("pipeline", setup.pipeline_parallel), ("context", setup.context_parallel))
+    parts += [f"{name} parallel {ranks}" for name, ranks in (*degrees, ("expert", setup.expert_parallel)) if ranks > 1]
     if setup.offload:
         parts.append(f"{setup.offload} offloaded")
     accumulated = f" x {setup.accumulation} micro-batches" if setup.accumulation > 1 else ""
@@ -120,7 +91,7 @@ def describe_method(setup: Setup) -> str:
     return f"{names[setup.method]} fine-tune (rank {setup.lora_rank}{base})"
 
 
-def _print_what(page: _Page, estimate: Estimate) -> None:
+def _print_what(page: Page, estimate: Estimate) -> None:
     model, setup = estimate.model, estimate.setup
     trained = ""
     if model.trainable_parameters != model.parameters:
@@ -132,7 +103,7 @@ def _print_what(page: _Page, estimate: Estimate) -> None:
     page.paragraph(f"{count} parameters{trained}{inferred}; {describe_setup(setup)}")
 
 
-def _print_memory(page: _Page, memory: MemoryEstimate) -> None:
+def _print_memory(page: Page, memory: MemoryEstimate) -> None:
     total = memory.peak_allocated_bytes.value
     page.heading("Memory by part", f"at the peak, in {memory.phase}")
     for part in sorted(memory.parts, key=lambda part: -part.amount):
@@ -150,7 +121,7 @@ def _print_memory(page: _Page, memory: MemoryEstimate) -> None:
     page.paragraph(f"From: {_METHODS.get(memory.method, memory.method)}.")
 
 
-def _print_fits(page: _Page, fit: FitEstimate, fits_on: Sequence[FitEstimate]) -> None:
+def _print_fits(page: Page, fit: FitEstimate, fits_on: Sequence[FitEstimate]) -> None:
     if fit.fits is None and not fits_on:
         return
     page.heading("Does it fit?")
@@ -171,7 +142,7 @@ def _print_fits(page: _Page, fit: FitEstimate, fits_on: Sequence[FitEstimate]) -
             page.paragraph(f"Fits on none of {len(fits_on)} known accelerators.")
 
 
-def _print_time(page: _Page, time: TimeEstimate) -> None:
+def _print_time(page: Page, time: TimeEstimate) -> None:
     page.heading("Speed", "with 90% intervals")
     page.interval("step", time.step_seconds, "seconds")
     page.interval("throughput", time.tokens_per_second, "tokens/s")
@@ -183,7 +154,7 @@ def _print_time(page: _Page, time: TimeEstimate) -> None:
     page.paragraph(f"From: {_METHODS.get(time.method, time.method)}.")
 
 
-def _print_disk(page: _Page, estimate: Estimate) -> None:
+def _print_disk(page: Page, estimate: Estimate) -> None:
     checkpoint = estimate.checkpoint
     page.heading("Disk")
     model, optimizer = scale.disk_text(checkpoint.model_bytes), scale.disk_text(checkpoint.optimizer_bytes)
@@ -191,25 +162,7 @@ def _print_disk(page: _Page, estimate: Estimate) -> None:
     page.row("the run", scale.disk_text(checkpoint.run_disk_bytes), "at its most")
 
 
-def _print_run(page: _Page, run: RunEstimate, setup: Setup) -> None:
-    epochs = f", {scale.digits(run.epochs)} epochs" if run.epochs != 1 else ""
-    page.heading("The whole run", "with 90% intervals")
-    page.row("steps", f"{run.steps:,}", f"{scale.count_text(run.tokens)} tokens{epochs}")
-    page.interval("duration", run.hours, "hours")
-    if setup.accelerators > 1:
-        hours = run.gpu_hours
-        page.row("GPU-hours", scale.digits(hours.value), f"{scale.digits(hours.low)} to {scale.digits(hours.high)}")
-    if run.cost_usd is not None:
-        price = ""
-        if run.price_usd_per_gpu_hour is not None:
-            price = f"at {scale.dollars_text(run.price_usd_per_gpu_hour)} an hour"
-            price += f", {run.price_source}" if run.price_source else ""
-        page.interval("cost", run.cost_usd, "usd", price)
-    if run.energy_kwh is not None:
-        page.interval("energy", run.energy_kwh, "kwh")
-
-
-def _print_naive(page: _Page, naive: NaiveEstimate, estimate: Estimate) -> None:
+def _print_naive(page: Page, naive: NaiveEstimate, estimate: Estimate) -> None:
     page.heading("The straight proportion", "how not to do it")
     right = scale.memory_text(estimate.memory.peak_device_bytes.value)
     page.row("memory", scale.memory_text(naive.vram_bytes), f"instead of {right}")
@@ -257,7 +210,7 @@ def print_runs(console: Console, runs: Iterable[MeasuredRun]) -> None:
             )
         table.add_row(*(Text(printable(value)) for value in start + rest))
     console.print(table)
-    page = _Page(Screen(console.file, width=console.width, colour=console.is_terminal and not console.no_color))
+    page = Page(Screen(console.file, width=console.width, colour=console.is_terminal and not console.no_color))
     for failure in failures:
         page.paragraph(failure, indent="", bullet="- ")
 

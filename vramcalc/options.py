@@ -92,7 +92,12 @@ def _option(name: str, kind: Any, *flags: str, help: str, metavar: str | None = 
 
 
 def _one(values: Mapping[str, str], config: Path | None) -> Setup:
-    return Setup.from_mapping({**_read_config(config), **values})
+    setup = Setup.from_mapping({**_read_config(config), **values})
+    # A table may hold such columns for all of its rows; whoever types the flag expects it to do something.
+    for name, methods in (("lora_targets", ("lora", "dora", "qlora")), ("trainable_layers", ("freeze",))):
+        if getattr(setup, name) is not None and setup.method not in methods:
+            raise InputError(f"{name}: means nothing with --method {setup.method}; write --method {methods[0]}")
+    return setup
 
 
 def _grid(values: Mapping[str, str], config: Path | None) -> tuple[Setup, ...]:

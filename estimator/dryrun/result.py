@@ -16,20 +16,29 @@ class DryPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryHolder:
-    """What one module holds at the peak, in requested bytes."""
+    """What one module, or the same module of all layers, holds at the peak for one purpose."""
 
     module: str
+    """By its name in the model, ``*`` for the layer's number: ``model.layers.*.mlp.up_proj``; empty outside modules."""
     category: str
     bytes: int
+    """In the allocator's blocks."""
+    layers: int
+    """How many layers' modules these are; 0 outside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelinePoint:
-    """A moment of the last step: requested bytes by category, in the order of ``DryRun.categories``."""
+    """A moment of the step that holds the peak."""
 
     event: int
+    """How many events (allocations, frees, beginnings of phases) came before it since the run began."""
     phase: str
+    """One of ``DryPhase``'s; from the first logits on ``loss``, and in an evaluation ``loss of evaluation``."""
     bytes_by_category: tuple[int, ...]
+    """In the allocator's blocks, in the order of ``DryRun.categories``."""
+    reserved_bytes: int
+    """The allocator's segments; on a CPU what is allocated at most until then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +55,10 @@ class DryRun:
     phases: tuple[DryPhase, ...]
     """In the order in which they first ran."""
     holders: tuple[DryHolder, ...]
-    """The modules that hold the most at the peak, largest first."""
+    """What holds the peak, largest first; their sum is the peak."""
     timeline: tuple[TimelinePoint, ...]
+    """The step that holds the peak, with the evaluation after it where the run ends in one, thinned so that no
+    stretch loses its highest moment."""
     categories: tuple[str, ...]
     peak_event: int
     """Where in the timeline's events the peak is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,20 @@ class Tracker(TorchDispatchMode):
         self._module = ""
         self._starts: list[int] = []
         self._started: list[int | None] = []
+        self._recomputed = 0
         self._phase = "load"
         self._threads: set[str] = set()
         self._waiting: list[int] | None = None
+        self.wrappers: tuple[type, ...] = ()
+        """Tensor classes whose own rules say what is run on the tensors within."""
+        self.stream_number: Callable[[], int] = lambda: 0
+        """Of the stream in which memory is allocated."""
+        self.homes: dict[int, int] = {}
+        """Layers of parameters that are part of a larger storage, by their own one's number."""
+        self.collectives: dict[Any, Callable[[Any], tuple[int, ...]]] = {}
+        """Buffers that collectives on a CPU take while they run."""
+        self._purpose: str | None = None
+        self._blind = False
 
     # --- where the program is -------------------------------------------------------------------------------------
 
@@ -64,7 +75,13 @@ class Tracker(TorchDispatchMode):
         self._phase, self._layer, self._module = phase, None, ""
         if phase == "forward":
             self._starts, self._started = [], []
+        if phase == "backward":
+            self._recomputed = next_sequence_number()
         self.stream.begin(phase)
+
+    def leave_layers(self) -> None:
+        """Backward has passed: what dies with the graph is of the layer that it was allocated for."""
+        self._layer = None
 
     def enter_module(self, module: torch.nn.Module, _: Any) -> None:
         """A forward pre-hook of every module."""
@@ -94,9 +111,11 @@ class Tracker(TorchDispatchMode):
             return
         number, parameter = node
         if parameter is not None:
-            known = self._live.get(parameter.untyped_storage()._cdata)
-            self._layer = self.stream.storages[known[0]].layer if known else None
+            known = self._live.get(_key(parameter))
+            self._layer = self.stream.storages[known[0]].layer if known else self.homes.get(_key(parameter))
             return
+        if number >= self._recomputed:
+            return  # reentrant checkpointing's own backward: of the layer that it recomputes
         at = bisect_right(self._starts, number) - 1
         self._layer = self._started[at] if at >= 0 else None
 
@@ -104,11 +123,11 @@ class Tracker(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, *, category: str, layer: int | None, holder: str) -> None:
         """A tensor that exists already: a parameter, a buffer, the batch."""
-        self._record(tensor, category, layer, holder, layer)
+        self._record(getattr(tensor, "_local_tensor", tensor), category, layer, holder, layer)
 
     def recategorize(self, tensor: torch.Tensor, category: str, holder: str | None = None) -> None:
         """Now it is known what a tensor was for."""
-        known = self._live.get(tensor.untyped_storage()._cdata)
+        known = self._live.get(getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata)
         if known is not None:
             storage = self.stream.storages[known[0]]
             storage.category = category
@@ -119,6 +138,11 @@ class Tracker(TorchDispatchMode):
         known = self._live.get(tensor.untyped_storage()._cdata)
         return None if known is None else self.stream.storages[known[0]].category
 
+    def holder(self, tensor: torch.Tensor) -> str | None:
+        """The module that a tracked tensor belongs to."""
+        known = self._live.get(getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata)
+        return None if known is None else self.stream.storages[known[0]].holder
+
     def _record(
         self, tensor: torch.Tensor, category: str, layer: int | None, holder: str, event_layer: int | None, grows: int = 0
     ) -> None:  # fmt: skip
@@ -127,10 +151,47 @@ class Tracker(TorchDispatchMode):
         if key in self._live or not handle.nbytes():
             return
         index = self.stream.birth(
-            Storage(bytes=handle.nbytes(), category=category, layer=layer, holder=holder, per_layer_bytes=grows),
+            Storage(
+                bytes=handle.nbytes(),
+                category=self._purpose or category,
+                layer=layer,
+                holder=holder,
+                per_layer_bytes=grows,
+                stream=self.stream_number(),
+            ),
             event_layer,
         )
         self._live[key] = (index, weakref.ref(handle, lambda _: self._died(key, index)))
+
+    def allocated(self, tensor: torch.Tensor) -> None:
+        """A storage that was emptied has been given memory again."""
+        if self._phase == "backward":
+            self._locate()
+        self._record(tensor, "communication", self._layer, self._holder(self._layer), self._layer)
+
+    def freed(self, tensor: torch.Tensor) -> None:
+        """A storage is about to be emptied."""
+        known = self._live.pop(tensor.untyped_storage()._cdata, None)
+        if known is not None:
+            self._bury(known[0])
+
+    @contextlib.contextmanager
+    def purpose(self, category: str) -> Iterator[None]:
+        """What is allocated meanwhile is for this."""
+        before, self._purpose = self._purpose, category
+        try:
+            yield
+        finally:
+            self._purpose = before
+
+    @contextlib.contextmanager
+    def blind(self) -> Iterator[None]:
+        """What is run meanwhile is not this rank's."""
+        before, self._blind = self._blind, True
+        try:
+            yield
+        finally:
+            self._blind = before
 
     @contextlib.contextmanager
     def deaths_in_order(self) -> Iterator[None]:
@@ -160,6 +221,10 @@ class Tracker(TorchDispatchMode):
         if func is _AS_NUMBER and self.host_scalars:
             return 1.0  # optimizers read their step counters and norms; any number does
         kwargs = kwargs or {}
+        if self.wrappers and any(issubclass(kind, self.wrappers) for kind in types):
+            return NotImplemented
+        if self._blind:
+            return func(*args, **kwargs)
         creates = self._creates.get(func)
         if creates is None:
             creates = self._creates[func] = creates_storage(func)
@@ -180,6 +245,8 @@ class Tracker(TorchDispatchMode):
                 self._born(output, func, args, position)
         if self._cuda:
             self._buffers(kernel_buffers(func, args))
+        elif func in self.collectives:
+            self._buffers(self.collectives[func](args))
         return found
 
     def _born(self, tensor: torch.Tensor, func: Any, args: Any, position: int) -> None:
@@ -254,6 +321,10 @@ class Tracker(TorchDispatchMode):
         ]
         for index in reversed(born):
             self.stream.death(index, self._layer)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _same_kind(args: Any) -> bool:

@@ -118,6 +118,8 @@ def test_a_narrow_pipe_gets_plain_text_within_its_width() -> None:
         ["estimate", "--model", "nano", "--calibration", "/no/such/calibration.json", "--gpu", "cpu"],
         ["estimate", "--model", "nano", "--epochs", "nan"],
         ["estimate", "--model", "nano", "--check"],
+        ["estimate", "--model", "nano", "--lora-targets", "q_proj"],
+        ["estimate", "--model", "nano", "--method", "lora", "--trainable-layers", "1"],
         ["estimate", "--model", "nano", "--calibration", "laws.json", "--no-calibration"],
         ["estimate", "--params", "8e9", "--seq", "1e300", "--batch", "1e300"],
         ["no-such-command"],

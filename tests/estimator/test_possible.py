@@ -33,20 +33,6 @@ def test_what_cannot_be_is_refused(name: str) -> None:
         estimate(Setup(**{"model": "llama-3.1-8b", **settings}))
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"lora_targets": "q_proj"}, "lora_targets"),
-        ({"trainable_layers": 2}, "trainable_layers"),
-        ({"method": "lora", "trainable_layers": 2}, "trainable_layers"),
-        ({"method": "freeze", "trainable_layers": 2, "lora_targets": "q_proj"}, "lora_targets"),
-    ],
-)
-def test_settings_of_another_method_are_refused(settings: dict[str, object], named: str) -> None:
-    with pytest.raises(InputError, match=f"{named}: means nothing with --method"):
-        Setup(model="llama-3.1-8b", **settings)  # type: ignore[arg-type]
-
-
 def test_a_grid_knows_which_of_its_setups_can_be() -> None:
     base = Setup(model="llama-3.1-8b", sharding="fsdp").resolved()
     shape = resolve_model(base.model)
