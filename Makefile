@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check laws clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+# Refits the step-time law to a table of measured runs: make laws TABLE=measured_runs.csv
+laws: $(READY)
+	$(BIN)/python benchmarks/fit_step_law.py "$(TABLE)"
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -96,7 +96,32 @@ def skips(skipped: Iterable[Skip]) -> str:
     return table(["reason", "rows"], [[reason, str(count)] for reason, count in counts.most_common()])
 
 
+def measured_here() -> list[str]:
+    """The rows of ``benchmarks/results`` by themselves, those held back apart; nothing where there are none."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script is run by its path
+    from benchmarks.own_results import own_results
+
+    lines = []
+    for results in own_results():
+        for part, runs in (("may be fitted to", results.fitted), ("held back", results.held_back)):
+            by_quantity: dict[str, list[Comparison]] = {}
+            for row in validate(runs, estimate).rows:
+                for quantity, judged in row.quantities:
+                    by_quantity.setdefault(quantity, []).append(judged)
+            for quantity in filter(by_quantity.__contains__, NAMES):
+                result = score(by_quantity[quantity])
+                assert result is not None
+                lines.append([results.directory.name, NAMES[quantity], part, *cells(result)])
+    if not lines:
+        return []
+    header = ["accelerator and date", "quantity", "part", "n", "median", "p90", "worst", "bias", "in 90%"]
+    return ["## Measured by ourselves (`benchmarks/results`)", table(header, lines)]
+
+
 def main(path: Path) -> str:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script is run by its path
+    from benchmarks.accuracy_speed import speed_sections
+
     measured, unread = read_sized_table(path)
     runs = {run.run: run for run in measured}
     result = validate(measured, estimate, unreadable=[unreadable_row(s.run, "", s.reason) for s in unread])
@@ -112,13 +137,12 @@ def main(path: Path) -> str:
             by_group(result, runs),
             "## Fits against out of memory",
             said,
-            "## The worst rows of grade A",
-            "Memory:",
+            "## The worst peaks of grade A",
             worst(result, runs, ("peak_allocated", "peak_reserved", "peak_device"), 12),
-            "Speed (its law is a handful of global efficiencies so far):",
-            worst(result, runs, ("step_seconds", "tokens_per_second"), 8),
+            *speed_sections(result, runs, table, cells, percent),
             "## Rows that were skipped",
             skips(result.skipped),
+            *measured_here(),
         ]
     )
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, maximum
+from estimator.adapters import BITSANDBYTES, adapter_bytes, eight_bit_input_bytes, selective_bytes
+from estimator.arrays import Number, maximum, where
+from estimator.conventions import conventions
 from estimator.hardware import is_cpu
 from estimator.setup import Setup
 from estimator.shape import ModelShape, lora_modules
@@ -24,12 +26,24 @@ class LayerActivations:
     """Saved for backward when the layer is not checkpointed, without attention's S x S matrices."""
     scores: Number
     """Saved attention matrices and masks, per token and per token of context."""
+    selective: Number
+    """Saved where checkpointing is selective: attention's output, and of the matrix products every second."""
+    selective_fixed: Number
+    """The same of DoRA's norms, in bytes whatever the tokens."""
+    selective_scores: Number
+    """The same of eager attention's first product, per token and per token of context."""
+    quantized_inputs: Number
+    """Saved outside of autograd's hooks, where checkpointing does not reach them."""
     layer_input: Number
     """The residual stream that enters the layer: what full checkpointing saves instead."""
+    mlp: Number
+    """Of ``kept``, the feed-forward's: backward frees it before it comes to attention."""
     transient: Number
-    """The largest momentary tensors of the layer's forward or backward beyond what it keeps."""
+    """The largest momentary tensors of the feed-forward's backward beyond what the layer keeps."""
+    attention_transient: Number
+    """The same of attention's backward."""
     transient_scores: Number
-    """The same of eager attention, per token and per token of context."""
+    """The same of attention's S x S matrices, per token and per token of context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +54,14 @@ class LogitBytes:
     """At the end of the loss."""
     backward: Number
     """At the softmax's backward."""
-    kept: Number
-    """From the end of the forward pass to the start of backward."""
+    held: Number
+    """By the caller, while the layers' backward runs."""
     evaluation: Number
     """Without gradients."""
+    returned: Number
+    """What Trainer's conversion of the model's outputs to fp32 adds at the end of the forward pass."""
+    converted: Number
+    """The half logits with their fp32 copy; 0 where there is none."""
     head_gradients: Number
     """Bytes (not per token) of head gradients that a fused-linear loss holds from the forward pass on."""
 
@@ -56,9 +74,25 @@ def builds_mask(setup: Setup) -> bool:
     return setup.attention_kernel == "efficient" or (setup.framework == "torch-loop" and setup.attention_kernel is None)
 
 
+def uses_math_kernel(shape: ModelShape, setup: Setup, *, masked: bool) -> bool:
+    """Whether SDPA falls back to plain products: where named, and on a GPU for grouped queries in fp32 without a mask
+    (flash is for half precision, and the memory-efficient kernel knows no groups)."""
+    if setup.attention not in ("sdpa", "flash") or is_cpu(setup.accelerator):
+        return setup.attention_kernel == "math"
+    grouped = shape.kv_heads != shape.heads and widths(setup).compute == 4 and not masked
+    return setup.attention_kernel == "math" or (grouped and setup.attention_kernel in (None, "flash"))
+
+
+def _reads_attention(shape: ModelShape, setup: Setup) -> bool:
+    """Whether something that trains reads attention's output, which plain products do not keep by themselves."""
+    if setup.method in ("full", "freeze"):
+        return True
+    return any(name == "o_proj" for name, _, _ in lora_modules(shape, setup.lora_targets))
+
+
 def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: bool = False) -> LayerActivations:
     """What one layer keeps. ``moe`` chooses the feed-forward of a mixture of experts; ``masked`` see ``builds_mask``."""
-    size = widths(setup)
+    size, convention = widths(setup), conventions(setup)
     tensor = setup.tensor_parallel
     h = float(shape.hidden)
     q, kv, v = (width / tensor for width in (shape.query_width, shape.kv_width, shape.value_width))
@@ -75,16 +109,26 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
         attention = c * (2 * q + 2 * v) + (s + 2 * c) * rank
     if shape.qk_norm:
         # The norm of q and k before rotation: fp32 input and the normalised tensor.
-        attention += (4 + c) * (q + kv)
+        attention += (4 + (c if trains else 0)) * (q + kv)
+    if convention.repeats_kv and shape.kv_heads != shape.heads:
+        attention += c * 2 * (q - kv)
+    elif convention.keeps_frozen_inputs:  # the values are a view of the fused projection's output
+        attention += c * (q + kv)
     heads = shape.heads / tensor
     scores: Number = 0.0
     transient_scores: Number = 0.0
-    if setup.attention == "eager" or setup.attention_kernel == "math":
-        # softmax in fp32, and its cast for the product with V; k and v repeated for every query head.
+    plain_products = setup.attention == "eager" or uses_math_kernel(shape, setup, masked=masked)
+    if setup.attention == "eager":
+        # softmax in fp32, and its cast for the product with V; k and v repeated for every query head. In backward the
+        # softmax's two gradients are fp32, when the cast is gone.
         scores = heads * (4 + (c if c != 4 else 0))
-        transient_scores = heads * 2 * c
+        transient_scores = heads * (8 - (c if c != 4 else 0))
         if shape.kv_heads != shape.heads:
             attention += c * 2 * (q - kv)
+        attention -= 0.0 if _reads_attention(shape, setup) else c * v
+    elif plain_products:
+        scores, transient_scores = heads * 4.0, heads * 8.0
+        attention = 4 * 3 * q + (c * v if _reads_attention(shape, setup) else 0.0)  # in fp32, k and v repeated
     else:
         attention += 4 * heads  # log-sum-exp
         if masked:
@@ -93,16 +137,26 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
             attention += c * 2 * (q - kv)
             scores = c
 
+    selective, fixed = selective_bytes(shape, setup, size)
     mlp, mlp_transient = _feed_forward(shape, setup, size, moe=moe)
     kept = norms + attention + mlp
     if not trains:
-        kept += _adapters(shape, setup, size)
-    transient = maximum(mlp_transient, c * (q + 2 * kv + v) + s * h / tensor)
+        kept += adapter_bytes(shape, setup, size)
+    # Backward is through with the feed-forward when it comes to attention.
+    attention_transient = c * (q + 2 * kv + v) + s * h / tensor
+    eight_bit = eight_bit_input_bytes(shape, setup, size)
+    kept += eight_bit
     return LayerActivations(
         kept=kept,
         scores=scores,
+        selective=selective / tensor + s * h / tensor,
+        selective_fixed=fixed / tensor,
         layer_input=s * h / tensor,
-        transient=transient,
+        selective_scores=c * heads if plain_products else 0.0,
+        quantized_inputs=eight_bit,
+        mlp=mlp,
+        transient=mlp_transient,
+        attention_transient=attention_transient,
         transient_scores=transient_scores,
     )
 
@@ -117,7 +171,7 @@ def _norms(shape: ModelShape, setup: Setup, size: Widths, trains: bool) -> Numbe
     h = shape.hidden
     s, c = size.stream, size.compute
     # An fp32 stream is its own fp32 input; of a half stream RMSNorm keeps a copy.
-    per_norm = 4.0 + (s if trains else 0.0) if shape.rms_norm else s
+    per_norm = 4.0 + (s if trains else 0.0) if shape.rms_norm and not conventions(setup).fused_layers else s
     copies = 0.0
     if trains:
         readers = (3, 2 if shape.gated else 1) if size.casts_weights else (1, 1)
@@ -136,38 +190,31 @@ def _feed_forward(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -
     activation and its output.
     """
     c = size.compute
+    if setup.base_quantization in BITSANDBYTES and size.casts_weights:
+        c = size.stream  # their products return their input's type
     trains = setup.method in ("full", "freeze")
     if not moe:
         width = shape.plain_ffn / setup.tensor_parallel
         tensors = (4 if trains else 3) if shape.gated else (2 if trains else 1)
-        if not shape.gated and shape.family in ("gpt2", "phi", "gpt_bigcode", "bloom"):
+        if conventions(setup).keeps_frozen_inputs:
+            tensors = 4 if shape.gated else 2
+        if shape.gated and conventions(setup).fused_layers:
+            tensors = 3 if trains else 2  # one kernel from the first products to the last one's input
+        if shape.gated and setup.compile:
+            tensors = 2  # what lies between the products is recomputed in backward's kernels
+        written_out = conventions(setup).written_out_gelu and not setup.compile
+        if not shape.gated and written_out and shape.family in ("gpt2", "phi", "gpt_bigcode", "bloom"):
             tensors += 3  # the tanh form of GELU written out: cube, tanh and its factors
         return c * tensors * width, c * 3 * width
+    if size.casts_weights:
+        c = size.stream  # autocast does not reach the products of grouped experts
     # Every token is in `active` experts and the shared ones; the routed copies of the hidden state are kept too.
     routed = (shape.active_experts + shape.shared_experts) * shape.ffn / setup.tensor_parallel
-    tensors = 4 if shape.gated else 2
+    # Frozen, neither the experts' inputs nor the down projection's are.
+    tensors = (4 if trains else 3) if shape.gated else (2 if trains else 1)
     router = 4.0 * 2 * shape.experts
-    hidden = 2 * c * shape.hidden * shape.active_experts
+    hidden = (2 if trains or size.casts_weights else 1) * c * shape.hidden * shape.active_experts
     return c * tensors * routed + hidden + router, c * 3 * routed
-
-
-def _adapters(shape: ModelShape, setup: Setup, size: Widths) -> Number:
-    """What LoRA keeps: the input of each adapted matrix, and the low-rank product.
-
-    Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
-    half copy. Without any cast, matrices that read the same tensor share it, and the o projection's is kept anyway.
-    """
-    assert setup.lora_rank is not None
-    modules = lora_modules(shape, setup.lora_targets)
-    element = size.compute if size.autocast else 4.0
-    copied = size.autocast or size.weight != size.trained
-    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
-    kept = {inputs.get(name, name): width for name, width, _ in modules if name != "o_proj"}
-    total = element * (sum(width for _, width, _ in modules) if copied else sum(kept.values()))
-    total += element * setup.lora_rank * len(modules)
-    if setup.method == "dora":
-        total += size.compute * 2 * sum(outputs for _, _, outputs in modules)
-    return total / setup.tensor_parallel
 
 
 def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
@@ -178,34 +225,49 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
     size = widths(setup)
     vocab = shape.vocab / setup.tensor_parallel
     c = size.compute
-    copy = 4.0 if c != 4 else 0.0
-    # torch-loop holds the output by its procedure. On GPUs, published peaks of Trainer under autocast fit only if the
-    # half logits behind accelerate's fp32 conversion live on; FSDP's runs, and steps traced on a CPU, show no such thing.
-    converts = setup.framework == "hf-trainer" and size.autocast and setup.sharding != "fsdp"
-    held = c if setup.framework == "torch-loop" or (converts and not is_cpu(setup.accelerator)) else 0.0
-    head_gradients = 0.0
-    if setup.loss == "standard":
-        forward = c + copy + 4
-        backward = held + 12.0
-        kept = held + 4.0
-    elif setup.loss == "chunked":  # torchtune: eight chunks, each cast and normalised by itself
-        forward = c + 4 + (4 + 4) / 8
-        backward = c + 4 + c + 8 / 8
-        kept = c + 4.0
-    elif setup.loss == "fused-kernel":  # one kernel over the logits' fp32 copy, whose gradient is cast back
-        forward, backward, kept = c + copy, 2 * c + 4, 4.0
-    elif setup.loss == "compiled":  # one pass reads the logits and writes their gradient
-        forward, backward, kept = c, 2 * c, c
-    else:  # fused-linear, cut-cross-entropy: the logits never exist at once; the head's gradient does
-        forward = backward = kept = 0.0
-        head_gradients = shape.vocab * shape.hidden * size.weight if setup.method == "full" else 0.0
+    convention = conventions(setup)
+    copy = 4.0 if c != 4 and convention.upcasts_logits else 0.0
+    converts = setup.framework == "hf-trainer" and size.autocast and setup.logit_copies == "none"
+    held: Number = c if convention.holds_logits and setup.loss != "chunked" else 0.0
+    if convention.parallel_loss:  # exp and its sum with the gradient are one more tensor for a moment
+        held = held + where(setup.tensor_parallel > 1, 4.0, 0.0)
+    forward, backward = _loss_chain(setup, c=c, copy=copy, held=held)
+    linear = setup.loss in ("fused-linear", "cut-cross-entropy")
+    head_gradients = shape.vocab * shape.hidden * size.weight if linear and setup.method == "full" else 0.0
     return LogitBytes(
         forward=forward * vocab,
         backward=backward * vocab,
-        kept=kept * vocab,
+        held=held * vocab if forward else 0.0,
+        returned=4.0 * vocab if converts and setup.loss in ("fused-kernel", "compiled") else 0.0,
         evaluation=(c + copy + 4.0) * vocab,
+        converted=(c + copy if copy else 0.0) * vocab,
         head_gradients=head_gradients / setup.tensor_parallel,
     )
+
+
+def _loss_chain(setup: Setup, *, c: float, copy: float, held: Number) -> tuple[Number, Number]:
+    """Bytes a logit (at the end of the loss, in its backward): ``c`` of the logits, ``copy`` of their fp32 copy, ``held``
+    by the caller."""
+    convention = conventions(setup)
+    copies = setup.logit_copies != "none"
+    shifted = where(setup.batch > 1, 4.0, 0.0) if copies else 0.0  # a single sequence without its end needs no copy
+    half = c if setup.logit_copies == "shifted-and-half" else 0.0
+    if setup.loss == "standard":
+        return (half + copy + shifted if copies else c + copy) + 4, held + 12.0
+    if setup.loss == "chunked":
+        if convention.separate_losses:  # as many log-softmaxes, then gradients, as logits
+            return 2 * c, 2 * c
+        if setup.compile:  # one kernel a chunk
+            return c, 2 * c
+        # torchtune: eight chunks, upcast and normalised one by one; the logits are dropped before backward.
+        return c + 4 + copy / 8, 4 + (4 + copy) / 8
+    if setup.loss == "fused-kernel":  # in place on the fp32 copy, whose gradient is cast back
+        if copies and copy:
+            return half + copy + shifted, 4 + c
+        return c + copy, held + copy + c if copy else c
+    if setup.loss == "compiled":  # one pass reads the logits and writes their gradient
+        return c, 2 * c
+    return 0.0, 0.0  # fused-linear, cut-cross-entropy: the logits never exist at once
 
 
 def head_input_bytes(shape: ModelShape, setup: Setup) -> Number:

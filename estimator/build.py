@@ -1,10 +1,11 @@
 """Builds model, adapters and optimizer from a setup: the harness runs them on real tensors, the dry run on fake ones.
 
-The only module of this room that needs torch and transformers; it imports them where they are used.
+It needs torch and transformers, and imports them where they are used.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +29,14 @@ def weight_dtype(setup: Setup) -> torch.dtype:
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setup.precision, torch.float32)
+
+
+def quantized_compute_dtype(setup: Setup) -> torch.dtype:
+    """What the products of a quantized base compute in: fp16 where autocast or the weights are, else bf16."""
+    import torch
+
+    half = setup.autocast or setup.precision.removesuffix("-mixed")
+    return torch.float16 if half == "fp16" else torch.bfloat16
 
 
 def model_config(setup: Setup) -> PreTrainedConfig:
@@ -140,14 +149,15 @@ def is_pretrained(model: str) -> bool:
     return model.lower() not in model_names() and (Path(model).expanduser().exists() or "/" in model)
 
 
-def build_model(setup: Setup, *, seed: int = 0) -> torch.nn.Module:
+def build_model(setup: Setup, *, seed: int = 0, drawn: bool = True) -> torch.nn.Module:
     """The model with its method applied, in its weight dtype, on the default device.
 
-    Catalog shapes and bare configs get random weights from ``seed``; directories with weights and hub ids are loaded.
-    Raises InputError and MissingError.
+    Catalog shapes and bare configs get random weights from ``seed`` (with ``drawn=False`` whatever the memory holds, for
+    who draws them elsewhere); directories with weights and hub ids are loaded. Raises InputError and MissingError.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
+    from transformers.initialization import no_init_weights
 
     check_buildable(setup)
     set_seed(seed)
@@ -158,27 +168,41 @@ def build_model(setup: Setup, *, seed: int = 0) -> torch.nn.Module:
             model = AutoModelForCausalLM.from_pretrained(
                 setup.model,
                 config=config,
-                dtype=dtype,
+                dtype=quantized_compute_dtype(setup) if setup.base_quantization else dtype,
                 trust_remote_code=False,
                 quantization_config=_quantization(setup),
             )
+            if setup.base_quantization:
+                _widen(model, dtype)
         else:
             if setup.base_quantization:
                 raise InputError(
                     f"base_quantization: {setup.base_quantization} quantizes pretrained weights; give --model DIRECTORY or a hub id"
                 )
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            with contextlib.nullcontext() if drawn else no_init_weights():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            if not drawn:
+                model.tie_weights()  # which is a part of initialising
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         kind = MissingError if isinstance(error, ImportError) else InputError
         raise kind(f"model: cannot load {setup.model!r}: {_first_line(error)}") from None
     model.config.use_cache = False
-    if setup.checkpointing == "full":
+    if setup.checkpointing != "none":
         enable_checkpointing(model, setup)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        return _apply_method(model, setup)
+        trained = _apply_method(model, setup)
+    _use_loss(trained, setup, dry=False)
+    return trained
+
+
+def _use_loss(model: torch.nn.Module, setup: Setup, *, dry: bool) -> None:
+    if setup.loss != "standard" or setup.compile or (dry and setup.logit_copies != "none"):
+        from estimator.losses import use_loss
+
+        use_loss(model, setup, dry=dry)
 
 
 def build_empty_model(setup: Setup, *, layers: int | None = None) -> torch.nn.Module:
@@ -199,16 +223,27 @@ def build_empty_model(setup: Setup, *, layers: int | None = None) -> torch.nn.Mo
         raise kind(f"model: cannot build {setup.model!r}: {_first_line(error)}") from None
     model.tie_weights()  # which is a part of initialising
     model.config.use_cache = False
-    if setup.checkpointing == "full":
+    if setup.checkpointing != "none":
         enable_checkpointing(model, setup)
     with torch.device("meta"):
-        return _apply_method(model, setup)
+        if setup.base_quantization:
+            from estimator.dryrun.quantized import quantize
+
+            quantize(model, setup.base_quantization, half=quantized_compute_dtype(setup))
+        model = _apply_method(model, setup)
+    _use_loss(model, setup, dry=True)
+    return model
 
 
 def enable_checkpointing(model: Any, setup: Setup) -> None:
-    """Recomputes every decoder layer in backward; transformers 5.2x renamed the switch."""
+    """Recomputes every decoder layer in backward, or what of it is cheap; transformers 5.2x renamed the switch."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": setup.checkpoint_reentrant})
+    arguments: dict[str, Any] = {"use_reentrant": setup.checkpoint_reentrant}
+    if setup.checkpointing == "selective":
+        from estimator.selective import selective_contexts
+
+        arguments["context_fn"] = selective_contexts
+    enable(arguments)
 
 
 def cut_depth(config: Any, layers: int) -> None:
@@ -220,14 +255,28 @@ def cut_depth(config: Any, layers: int) -> None:
             setattr(config, name, list(kinds)[:layers])
 
 
+def check_step(setup: Setup) -> None:
+    """Raises InputError for combinations that exclude each other in every framework."""
+    if setup.optimizer_in_backward and setup.accumulation > 1:
+        raise InputError(
+            f"accumulation: {setup.accumulation} micro-batches need gradients that an optimizer in backward has dropped; "
+            "write --accumulation 1, or leave out --optimizer-in-backward"
+        )
+    if setup.checkpointing == "selective" and setup.checkpoint_reentrant:
+        raise InputError(
+            "checkpoint_reentrant: selective checkpointing is not reentrant; write --checkpointing full, or leave it out"
+        )
+
+
 def check_buildable(setup: Setup) -> None:
     """Raises InputError for what the estimator can predict but no step here executes."""
+    check_step(setup)
     unbuilt = {
         "sharding": setup.sharding not in (None, "none"),
+        "varying_lengths": setup.varying_lengths,
         "offload": setup.offload is not None,
         "optimizer_in_backward": setup.optimizer_in_backward,
-        "loss": setup.loss not in ("standard", "compiled"),
-        "checkpointing": setup.checkpointing == "selective",
+        "loss": setup.loss == "cut-cross-entropy",
         "precision": setup.precision.startswith(("fp8", "mxfp8", "nvfp4")),
         "base_quantization": setup.base_quantization in ("gptq-int4", "gptq-int8"),
         "accelerators": setup.accelerators > 1,
@@ -239,10 +288,16 @@ def check_buildable(setup: Setup) -> None:
             )
 
 
+def _widen(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What is not quantized, in the weight dtype: fp32 beside autocast, as ``peft.prepare_model_for_kbit_training`` has it."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def _quantization(setup: Setup) -> Any:
     if setup.base_quantization is None:
         return None
-    import torch
     from transformers import BitsAndBytesConfig
 
     if setup.base_quantization == "int8":
@@ -251,7 +306,7 @@ def _quantization(setup: Setup) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=setup.base_quantization == "nf4-dq",
-        bnb_4bit_compute_dtype=torch.float16 if "fp16" in (setup.precision, setup.autocast) else torch.bfloat16,
+        bnb_4bit_compute_dtype=quantized_compute_dtype(setup),
     )
 
 
@@ -278,8 +333,12 @@ def _apply_method(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
         present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         wanted = (setup.lora_targets or "").replace(",", " ").split()
         targets = wanted or [name for name, _, _ in lora_modules(resolve_model(setup.model), None)]
-        if missing := [name for name in targets if name.rsplit(".", 1)[-1] not in present]:
-            raise InputError(f"lora_targets: the model has no module {missing[0]!r}; write --lora-targets all-linear")
+        absent = [name for name in targets if name.rsplit(".", 1)[-1] not in present]
+        if len(absent) == len(targets):
+            raise InputError(f"lora_targets: the model has no module {absent[0]!r}; write --lora-targets all-linear")
+        if absent:  # peft passes over names that only other models have; a misspelt one is an error
+            lora_modules(resolve_model(setup.model), " ".join(absent))
+            targets = [name for name in targets if name not in absent]
     adapters = LoraConfig(
         r=setup.lora_rank or 16,
         lora_alpha=2 * (setup.lora_rank or 16),
@@ -287,7 +346,11 @@ def _apply_method(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
         use_dora=setup.method == "dora",
         task_type="CAUSAL_LM",
     )
-    if setup.checkpointing == "full":
+    if setup.base_quantization and any(parameter.is_meta for parameter in model.parameters()):
+        from estimator.dryrun.quantized import register_adapters  # the libraries' own layers bring their own
+
+        register_adapters(adapters)
+    if setup.checkpointing != "none":
         cast("Any", model).enable_input_require_grads()
     return cast("torch.nn.Module", get_peft_model(model, adapters))
 

@@ -78,6 +78,11 @@ def resolve_model(model: str) -> ModelShape:
     raise InputError(f"model: {model!r} is not in the catalog, a config.json, a directory or a hub id; {hint}")
 
 
+def rotary_positions(name: str) -> int | None:
+    """Positions that the rotary embedding of a catalog model is made for (``max_position_embeddings``), where known."""
+    return next((int(row["positions"]) for row in read_data("rotary_positions.csv") if row["model"] == name), None)
+
+
 @functools.cache
 def _shape_of(name: str) -> ModelShape:
     row = _rows()[name]

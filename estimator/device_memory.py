@@ -3,66 +3,91 @@
 from __future__ import annotations
 
 from estimator.arrays import Number, maximum, minimum, where, whole
+from estimator.conventions import conventions
 from estimator.hardware import context_bytes, find_accelerator, is_cpu
-from estimator.memory import PhaseMemory
+from estimator.memory import PhaseMemory, peak_and_segment_bytes
 from estimator.setup import Setup
 from estimator.shape import ModelShape, count_parameters
-from estimator.states import states
+from estimator.states import placement, states
 from estimator.units import GB, Interval
 
-# Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md): the frameworks whose code
-# was read, the others, several devices, and what an inferred shape adds.
-_KNOWN_FRAMEWORK, _OTHER_FRAMEWORK, _SEVERAL_DEVICES, _INFERRED_SHAPE = 0.06, 0.25, 0.15, 0.12
-# What the caching allocator holds beyond the tensors, as a share of them: without checkpointing or sharding, and what
-# each of these adds (medians of published reserved and device peaks: 1.02-1.12, 1.26, 1.2-1.45).
-_FRAGMENTATION = Interval(value=0.04, low=0.0, high=0.25)
-_CHECKPOINTED, _SHARDED = 0.12, 0.10
-_FRAGMENTS = 0.03
-_FRAGMENTATION_EXPANDABLE = Interval(value=0.01, low=0.0, high=0.10)
+# Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md), by framework: on one device,
+# and what several, a quantized base and an inferred shape add.
+_ALLOCATED = {
+    "torch-loop": 0.02, "hf-trainer": 0.03, "hf-trainer+deepspeed": 0.004, "litgpt": 0.06, "torchtune": 0.08, "torchtitan": 0.08,
+}  # fmt: skip
+_OTHER_FRAMEWORK, _SEVERAL_DEVICES, _QUANTIZED, _INFERRED_SHAPE = 0.25, 0.04, 0.09, 0.12
+_SEVERAL_DEEPSPEED = 0.15
+# On a full device: what stays beyond the tensors once the allocator has given back what it can, as a share of them; with
+# adapters under FSDP by published runs (70B on two devices fits to 43 of 79 GiB, and not to 66).
+_FRAGMENTS, _FRAGMENTS_ADAPTERS_GATHERED = 0.03, 0.20
+# The spread of published reserved and device peaks around the sum of the segments, relative: on one device, and what
+# lengths that vary add; upwards also what a quantized base does.
+_SEGMENTS, _SEGMENTS_DEEPSPEED, _SEGMENTS_VARYING, _SEGMENTS_QUANTIZED = 0.09, 0.045, 0.22, 0.12
 # A CPU's allocator, the C library, with blocks of every size in one heap (profiled runs of the built-in models).
 _FRAGMENTATION_CPU = Interval(value=0.16, low=0.0, high=0.95)
 
 
+def _allocated_width(shape: ModelShape, setup: Setup) -> float:
+    several = _SEVERAL_DEEPSPEED if setup.framework == "hf-trainer+deepspeed" else _SEVERAL_DEVICES
+    width = _ALLOCATED.get(setup.framework, _OTHER_FRAMEWORK)
+    width += (several if setup.accelerators > 1 else 0.0) + (_QUANTIZED if setup.base_quantization else 0.0)
+    return width + (_INFERRED_SHAPE if shape.inferred else 0.0)
+
+
 def formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Interval:
     """The allocated peak in bytes, by the formula."""
-    known = setup.framework in ("hf-trainer", "torch-loop")
-    width = _KNOWN_FRAMEWORK if known else _OTHER_FRAMEWORK
-    width += (_SEVERAL_DEVICES if setup.accelerators > 1 else 0.0) + (_INFERRED_SHAPE if shape.inferred else 0.0)
+    width = _allocated_width(shape, setup)
     return Interval.within(peak.bytes, below=width, above=width)
 
 
-def _reserved_share(setup: Setup) -> Interval:
-    """What the allocator holds beyond the tensors, as a share of them."""
-    if is_cpu(setup.accelerator):
-        return _FRAGMENTATION_CPU
-    share = _FRAGMENTATION_EXPANDABLE if setup.expandable_segments else _FRAGMENTATION
-    sharded = setup.sharding not in ("none", "ddp")
-    more = (_CHECKPOINTED if setup.checkpointing != "none" else 0.0) + (_SHARDED if sharded else 0.0)
-    return Interval(value=share.value + more, low=share.low, high=share.high + 2 * more)
-
-
-def reserved_interval(setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:
+def reserved_interval(shape: ModelShape, setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:
     """The peak of the allocator's segments in bytes, from the allocated peak and the room that the device has."""
-    share = _reserved_share(setup)
+    if is_cpu(setup.accelerator):
+        cpu = _FRAGMENTATION_CPU
+        return whole_interval(
+            allocated.value * (1 + cpu.value), allocated.low * (1 + cpu.low), allocated.high * (1 + cpu.high)
+        )
+    peak, segments = peak_and_segment_bytes(shape, setup)
+    held = segments / peak
+    one = setup.framework == "hf-trainer+deepspeed" and setup.accelerators == 1
+    width = (_SEGMENTS_DEEPSPEED if one else _SEGMENTS) + (_SEGMENTS_VARYING if setup.varying_lengths else 0.0)
+    above = width + (_SEGMENTS_QUANTIZED if setup.base_quantization else 0.0)
+    # Half of the tensors' own uncertainty is in that spread already.
+    low = (allocated.value + allocated.low) / 2 * held * (1 - width)
+    high = (allocated.value + allocated.high) / 2 * held * (1 + above)
     return whole_interval(
-        _within_room(allocated.value, share.value, room_bytes),
-        _within_room(allocated.low, share.low, room_bytes),
-        _within_room(allocated.high, share.high, room_bytes),
+        _within_room(setup, allocated.value * held, allocated.value, room_bytes),
+        _within_room(setup, max(low, allocated.low), allocated.low, room_bytes),
+        _within_room(setup, max(high, allocated.high), allocated.high, room_bytes),
     )
 
 
-def device_bytes(setup: Setup, allocated: Number, room_bytes: int | None) -> Number:
-    """The peak of a device's memory as ``device_interval`` has its value; an array where ``allocated`` is one."""
-    reserved = _within_room(allocated, _reserved_share(setup).value, room_bytes)
+def device_bytes(
+    shape: ModelShape, setup: Setup, room_bytes: int | None, *, allocated_bytes: Number | None = None
+) -> Number:
+    """The peak of a device's memory as ``device_interval`` has its value; an array where the setup's numbers are arrays.
+
+    allocated_bytes: the allocated peak where it is known better than by the formula.
+    """
+    peak, segments = peak_and_segment_bytes(shape, setup)
+    allocated = peak if allocated_bytes is None else allocated_bytes
+    if is_cpu(setup.accelerator):
+        reserved = allocated * (1 + _FRAGMENTATION_CPU.value)
+    else:
+        reserved = _within_room(setup, allocated * (segments / peak), allocated, room_bytes)
     return whole(whole(reserved) + context_bytes(setup.accelerator).value)
 
 
-def _within_room(allocated: Number, share: float, room_bytes: int | None) -> Number:
+def _within_room(setup: Setup, reserved: Number, allocated: Number, room_bytes: int | None) -> Number:
     """Where the device is full the allocator gives its cache back: what stays are the tensors and fragments among them."""
-    reserved = allocated * (1 + share)
     if room_bytes is None:
         return reserved
-    full = maximum(float(room_bytes), minimum(reserved, allocated * (1 + _FRAGMENTS)))
+    grows = setup.expandable_segments or conventions(setup).expandable_segments
+    fragments: Number = _FRAGMENTS
+    if setup.method in ("lora", "dora", "qlora") and not grows:
+        fragments = where(placement(setup).gathers, _FRAGMENTS_ADAPTERS_GATHERED, _FRAGMENTS)
+    full = maximum(float(room_bytes), minimum(reserved, allocated * (1 + fragments)))
     return where(reserved <= room_bytes, reserved, full)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from estimator.catalog import resolve_model
 from estimator.checkpoint import checkpoint_estimate
-from estimator.compute import FORMULA_RELATIVE_ERROR, StepWork, formula_seconds, step_work
-from estimator.cost import RunRequest, naive_estimate, run_estimate
+from estimator.compute import StepWork, step_work
+from estimator.cost import RunRequest, budgeted, naive_estimate, run_estimate
 from estimator.device_memory import (
     allocator_room_bytes,
     device_interval,
@@ -21,6 +21,7 @@ from estimator.device_memory import (
 from estimator.errors import DoesNotFitError
 from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
 from estimator.memory import memory_phases, peak_phase
+from estimator.possible import check_possible
 from estimator.result import (
     CheckpointEstimate,
     Estimate,
@@ -33,10 +34,13 @@ from estimator.result import (
 from estimator.setup import Setup
 from estimator.shape import ModelShape, active_parameters, count_parameters
 from estimator.states import trainable_parameters
+from estimator.step_law import formula_seconds, step_interval, unseen
 from estimator.units import GIB, Interval
 
 if TYPE_CHECKING:
     from estimator.calibration import Calibration
+    from estimator.dryrun.result import DryRun
+    from estimator.remedies import Remedy
 
 # Relative 90% half-widths (below, above) of a dry run's allocated peak: exact on the A+ rows and within 0.11% of real CPU
 # steps; published runs of other versions of the libraries spread more. And above its reserved peak.
@@ -52,16 +56,18 @@ def estimate(
     calibration_name: str | None = None,
     capacity_bytes: int | None = None,
     dry_run: bool = False,
+    remedies: bool = False,
 ) -> Estimate:
     """Predicts memory, time, checkpoint and the run. Raises InputError for what cannot be.
 
     ``capacity_bytes`` replaces the catalog's memory of the accelerator (for the device at hand). A calibration is used
     only where it is of the setup's accelerator. ``dry_run`` takes the memory from the real model code on fake tensors
-    (needs torch; MissingError), and nothing else.
+    (needs torch; MissingError), and nothing else. ``remedies``: where it does not fit, what would make it fit.
     """
     request = request or RunRequest()
     setup = _canonical(setup).resolved()
     shape = resolve_model(setup.model)
+    check_possible(shape, setup)
     parameters = count_parameters(shape).total
     if calibration is not None:
         from estimator.calibration import matches
@@ -72,6 +78,14 @@ def estimate(
     memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration, room)
     time = _time(shape, setup, calibration)
     checkpoint = _checkpoint(shape, setup, calibration, request)
+    fits = (
+        _dry_fits(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
+        if dry_run
+        else _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
+    )
+    fits_on = _fits_on(shape, setup, request.reserve_bytes)
+    if dry_run:  # no second opinion on the accelerator that was asked for
+        fits_on = tuple(fits if other.gpu == fits.gpu else other for other in fits_on)
     return Estimate(
         setup=setup,
         model=ModelSummary(
@@ -85,20 +99,16 @@ def estimate(
             inferred=shape.inferred,
         ),
         memory=memory,
-        fits=_with_host(
-            _dry_fits(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
-            if dry_run
-            else _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes),
-            memory,
-            request,
-        ),
-        fits_on=_fits_on(shape, setup, request.reserve_bytes),
+        fits=_with_host(fits, memory, request),
+        fits_on=fits_on,
         time=time,
         checkpoint=checkpoint,
-        run=None if time is None else run_estimate(setup, request, time),
+        run=run_estimate(shape, setup, request, time, checkpoint),
+        budget=budgeted(shape, setup, request, time, checkpoint),
         naive=naive_estimate(parameters, setup, request),
         calibration=None if calibration is None else calibration_name,
         notes=_notes(shape, setup, request, time, calibration),
+        remedies=_remedies(shape, setup, memory, fits, fits_on, request.reserve_bytes, calibration) if remedies else (),
     )
 
 
@@ -120,12 +130,14 @@ def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None, ro
         fitted = laws.apply_memory(calibration, phases)
         if fitted is not None:
             allocated = fitted.peak_allocated_bytes
-            reserved = laws.apply_reserved(calibration, allocated) or reserved_interval(setup, allocated, room_bytes)
+            reserved = laws.apply_reserved(calibration, allocated) or reserved_interval(
+                shape, setup, allocated, room_bytes
+            )
             device = laws.apply_device(calibration, allocated) or device_interval(setup, reserved)
             return _memory_estimate(shape, setup, "measured", fitted.phase, fitted.parts, allocated, reserved, device)
     peak = peak_phase(phases)
     allocated = formula_interval(shape, setup, peak)
-    reserved = reserved_interval(setup, allocated, room_bytes)
+    reserved = reserved_interval(shape, setup, allocated, room_bytes)
     device = device_interval(setup, reserved)
     return _memory_estimate(shape, setup, "formula", peak.phase, peak.parts, allocated, reserved, device)
 
@@ -138,7 +150,7 @@ def _dry_memory(shape: ModelShape, setup: Setup) -> MemoryEstimate:
     below, above = _DRY_RUN_CPU if is_cpu(setup.accelerator) else _DRY_RUN
     within = whole_interval(allocated, allocated * (1 - below), allocated * (1 + above))
     if is_cpu(setup.accelerator):
-        reserved = reserved_interval(setup, within, None)
+        reserved = reserved_interval(shape, setup, within, None)
     else:
         # What the replay does not know: memory that other streams and libraries keep, and what came before the steps.
         replayed = float(found.peak_reserved_bytes)
@@ -149,7 +161,7 @@ def _dry_memory(shape: ModelShape, setup: Setup) -> MemoryEstimate:
         if amount
     )
     device = device_interval(setup, reserved)
-    return _memory_estimate(shape, setup, "dry-run", found.peak_phase, parts, within, reserved, device)
+    return _memory_estimate(shape, setup, "dry-run", found.peak_phase, parts, within, reserved, device, found)
 
 
 def _memory_estimate(
@@ -161,6 +173,7 @@ def _memory_estimate(
     allocated: Interval,
     reserved: Interval,
     device: Interval,
+    dry_run: DryRun | None = None,
 ) -> MemoryEstimate:
     return MemoryEstimate(
         method=method,
@@ -170,6 +183,7 @@ def _memory_estimate(
         peak_reserved_bytes=reserved,
         peak_device_bytes=device,
         peak_host_bytes=host_interval(shape, setup, device),
+        dry_run=dry_run,
     )
 
 
@@ -207,12 +221,57 @@ def _dry_fits(setup: Setup, device: Interval, reserve_bytes: int, capacity_bytes
     )
 
 
+def fits_by_dry_run(setup: Setup, *, reserve_bytes: int = 0) -> bool:
+    """Whether steps on fake tensors end on the setup's accelerator, whose memory is known, less what is reserved.
+
+    Raises InputError for what cannot be dry-run, MissingError without torch.
+    """
+    from estimator.dryrun.run import dry_run
+
+    assert setup.accelerator is not None
+    usable = find_accelerator(setup.accelerator).usable_bytes
+    assert usable is not None
+    room = usable - reserve_bytes - round(context_bytes(setup.accelerator).value)
+    return dry_run(setup, capacity_bytes=max(room, 0)).out_of_memory is None
+
+
 def _with_host(fit: FitEstimate, memory: MemoryEstimate, request: RunRequest) -> FitEstimate:
     if request.host_memory_bytes is None:
         return fit
     margin = request.host_memory_bytes - round(memory.peak_host_bytes.value)
     fits = fit.fits if margin >= 0 else False
     return dataclasses.replace(fit, fits=fits, host_margin_bytes=margin)
+
+
+def _remedies(
+    shape: ModelShape,
+    setup: Setup,
+    memory: MemoryEstimate,
+    fits: FitEstimate,
+    fits_on: tuple[FitEstimate, ...],
+    reserve_bytes: int,
+    calibration: Calibration | None,
+) -> tuple[Remedy, ...]:
+    if fits.fits is not False:
+        return ()
+    from estimator.remedies import find_remedies
+
+    def step_seconds(changed: Setup) -> float | None:
+        if calibration is not None and changed.accelerator != setup.accelerator:
+            return None  # a law and a formula are not compared
+        time = _time(shape, changed, calibration)
+        return None if time is None else time.step_seconds.value
+
+    return find_remedies(
+        shape,
+        setup,
+        fits,
+        device_peak_bytes=memory.peak_device_bytes.value,
+        by_formula=memory.method == "formula",
+        reserve_bytes=reserve_bytes,
+        larger=fits_on,
+        step_seconds=step_seconds,
+    )
 
 
 def refuse_what_does_not_fit(estimate: Estimate) -> None:
@@ -248,7 +307,8 @@ def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEs
         large = accelerator.large_workspace
         if large not in by_workspace:
             by_workspace[large] = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
-        reserved = reserved_interval(there, by_workspace[large], allocator_room_bytes(there, reserve_bytes, None))
+        room = allocator_room_bytes(there, reserve_bytes, None)
+        reserved = reserved_interval(shape, there, by_workspace[large], room)
         found.append(_fits(accelerator.name, device_interval(there, reserved), reserve_bytes, None))
     return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
 
@@ -266,12 +326,12 @@ def _time(shape: ModelShape, setup: Setup, calibration: Calibration | None) -> T
             return _time_estimate(setup, work, fitted.step_seconds, fitted.parts, "measured")
     if setup.accelerator is None or is_cpu(setup.accelerator):
         return None
-    parts = formula_seconds(work, setup, find_accelerator(setup.accelerator))
+    accelerator = find_accelerator(setup.accelerator)
+    parts = formula_seconds(work, setup, accelerator)
     if parts is None:
         return None
     total = sum(part.amount for part in parts)
-    width = FORMULA_RELATIVE_ERROR
-    seconds = Interval(value=total, low=total / (1 + width), high=total * (1 + width))
+    seconds = step_interval(total, shape, setup, accelerator)
     return _time_estimate(setup, work, seconds, parts, "formula")
 
 
@@ -343,6 +403,11 @@ def _notes(
             else f"no rate of {setup.accelerator} for {setup.precision} is known"
         )
         notes.append(f"no time: {what}; measure with `vramcalc profile` and `vramcalc fit`")
+    elif time.method == "formula" and (new := unseen(shape, setup, find_accelerator(setup.accelerator))):
+        notes.append(
+            f"time: no published run told the law of this {', '.join(new)}: general coefficients and a wider interval; "
+            "measure with `vramcalc profile` and `vramcalc fit`"
+        )
     if request.tokens(setup.seq) is None:
         notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")
     if calibration is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from estimator.arrays import Number
 from estimator.device_memory import allocator_room_bytes, device_bytes
-from estimator.memory import peak_bytes
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 
@@ -46,4 +45,4 @@ def grid_device_bytes(
     shape: ModelShape, grid: SetupGrid, *, reserve_bytes: int = 0, capacity_bytes: int | None = None
 ) -> Number:
     """The peak of a device's memory of every setup, in bytes (float64): as ``estimate`` says of each alone."""
-    return device_bytes(grid, peak_bytes(shape, grid), allocator_room_bytes(grid, reserve_bytes, capacity_bytes))
+    return device_bytes(shape, grid, allocator_room_bytes(grid, reserve_bytes, capacity_bytes))

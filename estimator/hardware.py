@@ -33,7 +33,11 @@ class Accelerator:
     power_watts: float | None
     link_bytes_per_second: float | None
     """To its neighbours in the same machine, one way."""
+    link_devices: int | None
+    """How many that link joins: a machine, a rack, or a pair."""
     pcie_bytes_per_second: float | None
+    network_bytes_per_second: float | None
+    """Of one device to other machines, one way, as such machines are built."""
     source: str
 
     @property
@@ -82,7 +86,9 @@ def accelerators() -> dict[str, Accelerator]:
             bandwidth_bytes_per_second=scaled(row, "mem_bw_gb_s", GB),
             power_watts=scaled(row, "tdp_w", 1),
             link_bytes_per_second=scaled(row, "nvlink_unidir_gb_s", GB),
+            link_devices=whole(row, "nvlink_devices", 1),
             pcie_bytes_per_second=scaled(row, "pcie_unidir_gb_s", GB),
+            network_bytes_per_second=scaled(row, "network_unidir_gb_s", GB),
             source=row["source"],
         )
     return found

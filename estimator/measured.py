@@ -115,6 +115,15 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
         stated["lora_targets"] = _plain_targets(str(stated["lora_targets"]))
     if " or " in str(stated.get("attention_kernel", "")):  # "flash or efficient": the source does not know either
         del stated["attention_kernel"]
+    if "base_quantization" in stated:
+        stated["base_quantization"] = _QUANTIZATIONS.get(stated["base_quantization"], stated["base_quantization"])
+    version = re.match(r"(\d+)\.(\d+)", str(stated.get("transformers", "")))
+    if version:
+        stated.setdefault("logit_copies", _logit_copies(int(version[1]), int(version[2])))
+    for name, value in _UNSTATED.get(str(stated.get("framework")), {}).items():
+        stated.setdefault(name, value)
+    stated |= _noted(str(stated.get("notes", "")))
+    stated |= _as_loaded(stated)
     label = str(stated.get("run", "?"))
     try:
         if "run" not in stated:
@@ -139,6 +148,48 @@ def _plain_targets(text: str) -> str | None:
     plain = re.sub(r"\([^)]*\)", " ", text).replace("+", " ").replace("all linear", "all-linear")
     names = [name.lower() if name == "MLP" else name for name in plain.split() if name != "DEFAULT"]
     return " ".join(names) or None
+
+
+_UNSTATED: dict[str, dict[str, str]] = {
+    "torchtitan": {"checkpointing": "selective"},
+    "torchtune": {"checkpointing": "full"},
+    "llm-foundry": {"loss": "fused-kernel"},
+}
+"""What a framework's own recipes do where a table says nothing, and a setup's default is another."""
+_QUANTIZATIONS = {"int4": "nf4-dq"}
+"""What published tables call a quantization: bitsandbytes' four bits, with the frameworks' defaults."""
+
+_NOTES: tuple[tuple[str, str, Any], ...] = (
+    (r"default allocator", "expandable_segments", False),
+    (r"activation offloading=True", "offload", "activations"),
+    (r"reshard_after_forward=never", "reshard_after_forward", False),
+    (r"optimizer_in_bwd(?!=)", "optimizer_in_backward", True),
+    (r"^(?!.*empty_cache).*(truncated to max_length|padded to longest)", "varying_lengths", True),
+)
+"""Settings that published tables put into words: what a note says (a regular expression) goes before the columns."""
+
+
+def _logit_copies(major: int, minor: int) -> str:
+    """What a version of transformers does: from 4.46 its losses are functions, which hold the half logits that they upcast;
+    from 4.50 on they shift the labels and no longer the logits."""
+    if (major, minor) < (4, 46):
+        return "shifted"
+    return "shifted-and-half" if (major, minor) < (4, 50) else "none"
+
+
+def _noted(notes: str) -> dict[str, Any]:
+    return {name: value for pattern, name, value in _NOTES if re.search(pattern, notes)}
+
+
+def _as_loaded(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """How fms-acceleration loads a bitsandbytes base, which its tables leave out: always with double quantization
+    (``framework_plugin_bnb.py``). Without its own preparation ("baseline") TRL widens what is not quantized, unless the
+    base is sharded (``SFTTrainer``, ``is_sharded_qlora``): norms are then fp32, and with them all that follows."""
+    config = re.search(r"framework_config=([\w-]*)peft-bnb", str(stated.get("notes", "")))
+    if config is None:
+        return {}
+    widened = config[1] == "baseline-" and float(stated.get("accelerators", 1)) == 1
+    return {"base_quantization": "nf4-dq"} | ({"precision": "bf16-mixed"} if widened else {})
 
 
 def _is_empty(value: Any) -> bool:

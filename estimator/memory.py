@@ -9,17 +9,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.activations import builds_mask, head_input_bytes, layer_activations, logit_bytes
+from estimator.adapters import dora_temporaries
 from estimator.arrays import Number, ceil, either, maximum, minimum, where, whole
+from estimator.communication import Buffers
+from estimator.conventions import conventions
 from estimator.hardware import is_cpu, workspace_bytes
 from estimator.result import Part
 from estimator.setup import Setup
 from estimator.shape import ModelShape
-from estimator.states import Placement, States, Widths, keeps_master_weights, placement, states, widths
+from estimator.states import (
+    Placement,
+    States,
+    Widths,
+    as_built,
+    keeps_master_weights,
+    placement,
+    states,
+    widths,
+)
 
 PHASES = ("forward", "backward", "optimizer", "evaluation")
 PART_NAMES = (
     "parameters", "gradients", "optimizer", "activations", "logits", "temporaries", "workspace", "communication",
 )  # fmt: skip
+
+# The allocator's segments over the highest activations with logits, as shares of these: what fragments keep (also among
+# gathered parameters), and what expandable segments grow to (also beside DeepSpeed's streams).
+_FRAGMENTED, _FRAGMENTED_GATHERED, _GROWN, _GROWN_DEEPSPEED = 0.11, 0.18, 1.05, 1.2
+# Where lengths vary, what earlier and shorter batches' logits left in segments too short for later ones.
+_EARLIER_LOGITS = 1.5
+
+_LOSS_CHUNKS = 8
+"""torchtune's, as in ``estimator.losses``."""
 
 _CODE = "transformers 5 modelling code and torch autograd, read; checked on CPU allocator events"
 
@@ -49,8 +70,24 @@ def memory_phases(shape: ModelShape, setup: Setup) -> tuple[PhaseMemory, ...]:
 
 def peak_bytes(shape: ModelShape, setup: Setup) -> Number:
     """The allocated peak alone, per device; an array where the setup's numbers are arrays."""
+    return _highest(_Ledger.of(shape, setup).moments())
+
+
+def peak_and_segment_bytes(shape: ModelShape, setup: Setup) -> tuple[Number, Number]:
+    """The allocated peak, and what the caching allocator's segments add up to while the device has room; per device.
+
+    Arrays where the setup's numbers are arrays. Segments are not given back, and what one phase leaves in them rarely
+    suits the next: the rules in ``_Ledger.segments``.
+    """
+    ledger = _Ledger.of(shape, setup)
+    moments = ledger.moments()
+    peak = _highest(moments)
+    return peak, maximum(ledger.segments(moments), peak)
+
+
+def _highest(moments: tuple[_Moment, ...]) -> Number:
     peak: Number = 0
-    for moment in _Ledger.of(shape, setup).moments():
+    for moment in moments:
         peak = maximum(peak, sum(whole(amount) for amount in moment.amounts))
     return peak
 
@@ -66,6 +103,9 @@ class _Moment:
 
     phase: str
     amounts: tuple[Number, ...]
+
+
+_Activations = tuple[Number, Number, Number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,35 +124,40 @@ class _Ledger:
     """Micro-batches whose activations a pipeline's first stage holds at once."""
     held_gradients: Number
     """Gradients that exist while a forward pass runs."""
+    buffers: Buffers
 
     @classmethod
     def of(cls, shape: ModelShape, setup: Setup) -> _Ledger:
+        shape = as_built(shape, setup)
         kept = states(shape, setup)
         # DeepSpeed's flat gradient buffer is never freed.
         accumulates = either(setup.accumulation > 1, setup.zero_grad == "zero" or keeps_master_weights(setup))
         gpipe = setup.pipeline_schedule == "gpipe"
+        size, place, layers = widths(setup), placement(setup), ceil(shape.layers / setup.pipeline_parallel)
         return cls(
             shape=shape,
             setup=setup,
-            size=widths(setup),
-            place=placement(setup),
+            size=size,
+            place=place,
             states=kept,
             tokens=setup.batch * setup.seq / setup.context_parallel,
-            layers=ceil(shape.layers / setup.pipeline_parallel),
+            layers=layers,
             in_flight=where(setup.pipeline_parallel > 1, setup.accumulation, 1)
             if gpipe
             else minimum(setup.pipeline_parallel, setup.accumulation),
             held_gradients=where(accumulates, kept.gradients, 0.0),
+            buffers=Buffers(shape=shape, setup=setup, size=size, place=place, states=kept, layers=layers),
         )
 
     def moments(self) -> tuple[_Moment, ...]:
-        found = (self.forward(), self.backward_start(), self.backward_end(), self.optimizer_step())
+        held = self._activations()
+        found = (self.forward(held), self.backward_start(held), self.backward_end(held), self.optimizer_step())
         return (*found, self.evaluation()) if self.setup.eval_batch is not None else found
 
     # --- what the layers hold -------------------------------------------------------------------------------------
 
-    def _layer(self, *, moe: bool) -> tuple[Number, Number, Number]:
-        """(kept, checkpointed, transient) bytes of one layer over the micro-batch."""
+    def _layer(self, *, moe: bool) -> tuple[Number, Number, Number, Number]:
+        """(kept, with full and with selective checkpointing, transient) bytes of one layer over the micro-batch."""
         layer = layer_activations(self.shape, self.setup, moe=moe)
         context = self.setup.seq
         kept = self.tokens * (layer.kept + layer.scores * context)
@@ -121,35 +166,50 @@ class _Ledger:
             masked = layer_activations(self.shape, self.setup, moe=moe, masked=True)
             one = self.tokens / self.setup.batch * (masked.kept + masked.scores * context)
             kept = maximum(kept, one * (self.setup.batch if self.setup.attention_kernel else 1))
-        transient = self.tokens * (layer.transient + layer.transient_scores * context)
-        return kept, self.tokens * layer.layer_input, transient
+            kept = where(self.setup.batch > 1, kept, one)
+        products = layer.transient_scores * context
+        if builds_mask(self.setup) and self.setup.attention_kernel is None:
+            products = where(self.setup.batch > 1, products, 0.0)
+        attention = layer.attention_transient + products - layer.mlp
+        transient = maximum(self.tokens * maximum(layer.transient, attention), dora_temporaries(self.shape, self.setup))
+        if self.setup.base_quantization:  # one matrix in the compute type at a time
+            matrix = self.shape.hidden * (self.shape.ffn if moe else self.shape.plain_ffn)
+            transient = transient + self.size.compute * matrix / self.setup.tensor_parallel
+        unreached = 0.0 if self.setup.checkpoint_reentrant else layer.quantized_inputs
+        inputs = layer.layer_input + unreached
+        selective = layer.selective + layer.selective_scores * context + unreached
+        return kept, self.tokens * inputs, self.tokens * selective + layer.selective_fixed, transient
 
-    def _activations(self) -> tuple[Number, Number, Number]:
+    def _activations(self) -> _Activations:
         """(kept through the forward pass, one layer's recomputed, transient) bytes on this device."""
         kept: Number = 0.0
         inputs: Number = 0.0
+        selective: Number = 0.0
         largest: Number = 0.0
         transient: Number = 0.0
         for moe, count in ((False, self.shape.plain_layers), (True, self.shape.moe_layers)):
             if count:
-                one, entering, momentary = self._layer(moe=moe)
+                one, entering, saved, momentary = self._layer(moe=moe)
                 share = count * self.layers / self.shape.layers
                 kept += one * share
                 inputs += entering * share
+                selective += saved * share
                 largest, transient = maximum(largest, one), maximum(transient, momentary)
         if self.setup.method == "freeze" and self.setup.trainable_layers:
             kept *= min(1.0, self.setup.trainable_layers / self.shape.layers)
         if self.setup.method in ("lora", "dora", "qlora") and self.shape.rms_norm:
             # Nothing before the first adapter needs a gradient: the first norm keeps nothing.
             kept -= self.tokens * 4 * self.shape.hidden / self.setup.tensor_parallel
+        if self.setup.offload == "activations":  # only what the next layers need is on the device
+            return 0.0, maximum(largest, kept / self.layers), transient
         if self.setup.checkpointing == "full":
             if self.setup.method in ("lora", "dora", "qlora") and not self.shape.experts:
-                # Published FSDP peaks with adapters grow by two layers' activations, not one, and by no more logits.
-                layers = where(self.place.gathers, 2, 1)
-                largest, transient = layers * largest, layers * transient
+                # Published FSDP peaks with adapters, 3B to 70B: once backward recomputes, the layers' inputs count twice.
+                largest = largest + where(self.place.gathers, inputs, 0.0)
             return inputs * self.in_flight, largest, transient
         if self.setup.checkpointing == "selective":
-            return (inputs + (kept - inputs) * 0.5) * self.in_flight, largest * 0.5, transient
+            kept = minimum(kept, selective) if self.setup.method not in ("dora", "freeze") else selective
+            return kept * self.in_flight, maximum(largest - kept / self.layers, 0.0), transient
         return kept * self.in_flight, 0.0, transient
 
     def _autocast_copies(self, phase: str) -> Number:
@@ -160,55 +220,75 @@ class _Ledger:
         if not self.size.casts_weights:  # only the adapters are wider than the compute type
             return self.size.compute * self.states.trainable if self.size.trained == 4 else 0.0
         head = self.states.embedding
-        layers = self.states.linear / self.place.parameters  # gathered ones are cast layer by layer
+        if self.setup.loss == "chunked" and self.setup.method != "full":
+            head = _LOSS_CHUNKS * head  # every chunk casts a frozen head anew
+        if phase == "layers" or (self.setup.loss in ("fused-linear", "cut-cross-entropy") and phase != "forward"):
+            head = 0.0  # backward is through with it, or the loss was with its own products
+        if self.setup.loss == "fused-linear" and phase == "forward" and self.setup.method == "full":
+            head = 2 * head  # the kernel's own cast beside the cached one
+        # Autocast does not reach grouped experts; gathered matrices are cast layer by layer.
+        layers = (self.states.linear - self.states.experts) / self.place.parameters
+        if self.setup.base_quantization:
+            layers = 0.0
+        if self.setup.method == "freeze":  # no graph before the first trained layer
+            layers = layers * ((self.setup.trainable_layers or 0) / self.shape.layers)
         # Autocast caches the casts of trained weights only; frozen ones live where the graph keeps them.
-        cached = phase == "forward" and self.setup.method == "full"
-        if cached or self.setup.checkpointing != "full":
+        cached = phase == "forward" and self.setup.method in ("full", "freeze")
+        if cached or self.setup.checkpointing == "none":
             return self.size.compute * (layers + head)
         return self.size.compute * head
 
     # --- the phases -----------------------------------------------------------------------------------------------
 
-    def forward(self) -> _Moment:
-        kept, _, _ = self._activations()
+    def forward(self, held: _Activations) -> _Moment:
+        kept, _, _ = held
         logits = logit_bytes(self.shape, self.setup)
+        # The loss, or the conversion of what the model returns, when autocast's cache is empty again.
+        loss, copies = self.tokens * logits.forward, self._autocast_copies("forward")
+        outputs, kept_copies = loss + self.tokens * logits.returned, self._autocast_copies("backward")
+        returned = outputs + kept_copies > loss + copies
         return self._phase(
             "forward",
             gradients=self.held_gradients,
             activations=kept + self.tokens * head_input_bytes(self.shape, self.setup),
-            logits=self.tokens * logits.forward + logits.head_gradients,
-            temporaries=self._autocast_copies("forward"),
+            logits=where(returned, outputs, loss) + logits.head_gradients,
+            temporaries=where(returned, kept_copies, copies),
         )
 
-    def backward_start(self) -> _Moment:
-        kept, recomputed, transient = self._activations()
+    def backward_start(self, held: _Activations) -> _Moment:
+        kept, recomputed, transient = held
         logits = logit_bytes(self.shape, self.setup)
         # The softmax's backward, or the recomputation of the last layer with what the caller still holds of the logits.
         chain = self.tokens * logits.backward
         later = recomputed + transient
         head = self.tokens * head_input_bytes(self.shape, self.setup)
-        held = maximum(self.tokens * (logits.kept - 4 * self.shape.vocab / self.setup.tensor_parallel), 0.0)
-        layers_win = later + held > chain + head
-        logits_bytes, activations = where(layers_win, held, chain), kept + where(layers_win, later, head)
+        outputs = self.tokens * logits.held
+        layers_win = later + outputs > chain + head
+        logits_bytes, activations = where(layers_win, outputs, chain), kept + where(layers_win, later, head)
         return self._phase(
             "backward",
             gradients=self.held_gradients,
             activations=activations,
             logits=logits_bytes + logits.head_gradients,
-            temporaries=self._autocast_copies("backward"),
+            temporaries=where(layers_win, self._autocast_copies("layers"), self._autocast_copies("backward")),
+            communication=where(layers_win, self.buffers.at("backward"), self.buffers.at("loss")),
         )
 
-    def backward_end(self) -> _Moment:
-        _, recomputed, transient = self._activations()
+    def backward_end(self, held: _Activations) -> _Moment:
+        _, recomputed, transient = held
         layer = recomputed
         if self.setup.checkpointing != "full" and self.setup.checkpointing != "selective":
-            kept, _, _ = self._layer(moe=not self.shape.plain_layers)
+            kept, _, _, _ = self._layer(moe=not self.shape.plain_layers)
             layer = kept if self.setup.method != "freeze" else 0.0
         # A tied table's gradients come from the head and, last, from the lookup; autograd adds the two into a third
         # tensor (in place where autocast's cast made a fresh one), and that to what an earlier micro-batch left.
         table: Number = 0.0
         if self.setup.method == "full" and self.shape.tied_embeddings:
-            copies = (1 if self.size.casts_weights else 2) + where(self.held_gradients > 0, 1, 0)
+            linear = self.setup.loss in (
+                "fused-linear",
+                "cut-cross-entropy",
+            )  # the head's gradient came with the forward pass
+            copies = (1 if self.size.casts_weights or linear else 2) + where(self.held_gradients > 0, 1, 0)
             table = self.states.embedding * self.states.gradient_width * copies
         table_wins = table > layer + transient
         return self._phase(
@@ -241,11 +321,15 @@ class _Ledger:
             return share * (2 if self.setup.optimizer == "adamw" else 1) + table
         trained, shards = self.states.trainable * self.size.trained, self.place.optimizer
         if self.setup.optimizer == "adamw":
+            if conventions(self.setup).fused_optimizer:
+                return 0.0
             if is_cpu(self.setup.accelerator):  # one tensor at a time: the square root and the scaled denominator
                 return 2 * minimum(self._largest_trained(), trained) / shards
             return trained / shards  # foreach: the square roots of all second moments at once
         if self.setup.optimizer == "adafactor":
-            return 2 * minimum(self._largest_trained(), trained) / shards
+            # The update and what it is made from, fp32; of half parameters also their fp32 copy and the gradient's.
+            tensors = 2 * 4 if self.size.trained == 4 else 4 * 4
+            return tensors / self.size.trained * minimum(self._largest_trained(), trained) / shards
         return 0.0
 
     def _largest_trained(self) -> Number:
@@ -255,33 +339,42 @@ class _Ledger:
         matrix = max(self.shape.plain_ffn, self.shape.query_width) * self.shape.hidden
         return width * maximum(self.states.embedding if self.setup.method == "full" else 0.0, matrix)
 
-    def _communication(self, phase: str) -> Number:
-        """Buffers of gradient reduction and parameter gathering."""
-        kind, ranks = self.setup.sharding, self.setup.data_ranks
-        if kind == "ddp":  # torch's reducer: buckets beside the gradients
-            return where(ranks > 1, self.states.trainable * self.size.trained, 0.0)
-        if str(kind).startswith("zero") and phase in ("forward", "backward"):
-            return self._deepspeed_buffers(phase)
-        if kind in ("fsdp", "zero3") and phase != "optimizer":
-            # Two layers gathered (the current one and the prefetched), and in backward one layer's full gradients.
-            tables = self.states.embedding * (1 if self.shape.tied_embeddings else 2)
-            layer = minimum(self.states.largest_layer, self.states.total)
-            adapters = self.setup.method in ("lora", "dora", "qlora")
-            trained = self.states.trainable / self.layers if adapters else layer
-            gathered = self.size.compute * ((1 if adapters else 2) * layer + tables)
-            reduced = self.states.gradient_width * trained if phase == "backward" else 0.0
-            return where(self.place.gathers, gathered + reduced, 0.0)
-        return 0.0
+    # --- the allocator --------------------------------------------------------------------------------------------
 
-    def _deepspeed_buffers(self, phase: str) -> Number:
-        """ZeRO-3 keeps up to stage3_max_live_parameters gathered, and its largest table; ZeRO-1 and 2 reduce through
-        buckets of 5e8 elements (DeepSpeed's defaults; checked on published peaks of one card)."""
-        table = self.states.embedding * self.size.compute
-        if self.setup.sharding == "zero3":
-            return self.size.compute * minimum(self.states.total, 1e9) + table
-        if phase == "forward":
-            return 0.0
-        return self.size.compute * minimum(self.states.trainable, 5e8) + 2 * table
+    def segments(self, moments: tuple[_Moment, ...]) -> Number:
+        """Beside what persists and the highest activations with logits stand, in segments of their own,
+
+        - what the phases after them need (gradients and the optimizer's temporaries), or what their own fragments keep:
+          the logits before and after their conversion, or a share of all, whichever is more;
+        - communication buffers once more, which live in the pools of other streams;
+        - where lengths vary, the logits of the longest batches before.
+
+        Expandable segments grow in place, and lose a small share only. The shares are fitted to published reserved and
+        device peaks of five sources (docs/accuracy.md).
+        """
+        tensors: Number = 0.0
+        logits: Number = 0.0
+        for moment in moments:
+            if moment.phase != "optimizer":
+                part = dict(zip(PART_NAMES, moment.amounts, strict=True))
+                tensors = maximum(tensors, part["activations"] + part["logits"] + part["temporaries"])
+                logits = maximum(logits, part["logits"])
+        communication = self.buffers.pools()
+        persistent = self.states.parameters + self.states.optimizer + workspace_bytes(self.setup.accelerator)
+        later = self.states.gradients - self.held_gradients + self._optimizer_temporaries()
+        persistent = persistent + self.held_gradients
+        deepspeed = str(self.setup.sharding).startswith("zero")
+        if self.setup.expandable_segments or conventions(self.setup).expandable_segments:
+            grown = persistent + (_GROWN_DEEPSPEED if deepspeed else _GROWN) * tensors
+            grown = maximum(grown + self.states.gradients - self.held_gradients, persistent + later)
+            return grown + communication * (2 if deepspeed else 1)
+        converted = 0.0
+        if self.setup.loss in ("standard", "fused-kernel"):
+            converted = logit_bytes(self.shape, self.setup).converted * self.tokens
+        fragments = maximum(converted, where(self.place.gathers, _FRAGMENTED_GATHERED, _FRAGMENTED) * tensors)
+        if self.setup.varying_lengths:
+            fragments = fragments + _EARLIER_LOGITS * logits
+        return persistent + tensors + maximum(later, fragments) + 2 * communication
 
     def _phase(
         self,
@@ -291,9 +384,10 @@ class _Ledger:
         activations: Number = 0.0,
         logits: Number = 0.0,
         temporaries: Number = 0.0,
+        communication: Number | None = None,
     ) -> _Moment:
-        workspace = workspace_bytes(self.setup.accelerator)
-        states, communication = self.states, self._communication(phase)
+        workspace, states = workspace_bytes(self.setup.accelerator), self.states
+        communication = self.buffers.at(phase) if communication is None else communication
         return _Moment(
             phase=phase,
             amounts=(

@@ -92,7 +92,7 @@ def find_remedies(
 def _scale(shape: ModelShape, setup: Setup, device_peak_bytes: float) -> float:
     """What the formula's bytes are multiplied by, so that it says ``device_peak_bytes``."""
     context = context_bytes(setup.accelerator).value
-    said = float(device_bytes(shape, setup, peak_bytes(shape, setup), None))
+    said = float(device_bytes(shape, setup, None))
     return max(0.0, device_peak_bytes - context) / max(1.0, said - context)
 
 
@@ -131,7 +131,7 @@ class _Judge:
         if must_fit and (capacity is None or allocated + self.reserve_bytes > capacity):
             return None  # the tensors alone: most of what is tried ends here
         room = allocator_room_bytes(changed, self.reserve_bytes, capacity) if self.gives_back else None
-        peak = round(float(device_bytes(self.shape, changed, allocated, room)))
+        peak = round(float(device_bytes(self.shape, changed, room, allocated_bytes=allocated)))
         fits = capacity is not None and peak <= capacity - self.reserve_bytes
         if must_fit and not fits:
             return None

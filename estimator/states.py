@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from estimator.arrays import Number, where
+from estimator.arrays import Number, maximum, where
+from estimator.conventions import conventions
 from estimator.errors import InputError
+from estimator.hardware import is_cpu
 from estimator.setup import Setup
 from estimator.shape import (
     ModelShape,
@@ -15,6 +18,7 @@ from estimator.shape import (
     lora_parameters,
     mlp_parameters,
 )
+from estimator.units import MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +44,22 @@ def keeps_master_weights(setup: Setup) -> bool:
     return str(setup.sharding).startswith("zero") and setup.precision.endswith("-mixed")
 
 
+def accumulates_in_fp32(setup: Setup) -> bool:
+    """Megatron's mixed precision: half weights and fp32 master weights as DeepSpeed's, but fp32 gradients."""
+    mixed = setup.precision.endswith("-mixed") and not keeps_master_weights(setup)
+    return mixed and conventions(setup).half_with_master_weights
+
+
 def widths(setup: Setup) -> Widths:
     """Element sizes that the precision implies. Quantized bases compute in the half precision that autocast names."""
-    half = setup.precision in ("bf16", "fp16") or keeps_master_weights(setup)
+    half = setup.precision in ("bf16", "fp16") or keeps_master_weights(setup) or accumulates_in_fp32(setup)
     # FSDP's mixed precision gathers half copies of fp32 shards: the layers see half tensors only, and no autocast.
     gathers_half = setup.sharding == "fsdp" and setup.precision.endswith("-mixed")
     mixed = setup.precision.endswith("-mixed") and not half and not gathers_half
     weight = 2.0 if half else 4.0
     compute = 2.0 if half or mixed or gathers_half else 4.0
     adapters = setup.method in ("lora", "dora", "qlora")
-    trained = 4.0 if adapters else weight
+    trained = 4.0 if adapters and conventions(setup).fp32_adapters else weight
     return Widths(
         weight=weight,
         compute=compute,
@@ -78,8 +88,16 @@ _MOMENTS = {
 _EIGHT_BIT_WIDTH = 1 + 4 / 256
 
 
+def as_built(shape: ModelShape, setup: Setup) -> ModelShape:
+    """The shape as the setup's framework builds it."""
+    if shape.tied_embeddings and conventions(setup).unties_head:
+        return dataclasses.replace(shape, tied_embeddings=False)
+    return shape
+
+
 def trainable_parameters(shape: ModelShape, setup: Setup) -> int:
     """Parameters that get gradients, by method."""
+    shape = as_built(shape, setup)
     total = count_parameters(shape).total
     if setup.method == "full":
         return total
@@ -142,6 +160,8 @@ class States:
     total: Number
     linear: Number
     """Parameters in the layers' matrices on this device."""
+    experts: Number
+    """Those of them in routed experts."""
     largest_layer: Number
     embedding: Number
     """Of the embedding on this device (and as many in an untied head)."""
@@ -158,6 +178,7 @@ def model_divisors(setup: Setup) -> tuple[Number, Number]:
 
 def states(shape: ModelShape, setup: Setup) -> States:
     """What persists through a step, per device (``setup`` resolved)."""
+    shape = as_built(shape, setup)
     count = count_parameters(shape)
     dense, expert = model_divisors(setup)
     size = widths(setup)
@@ -170,11 +191,22 @@ def states(shape: ModelShape, setup: Setup) -> States:
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
     quantized = (count.attention + count.mlp + count.experts + count.other) / dense if setup.base_quantization else 0.0
     parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
+    parameters = parameters + where(place.parameters == 1, _block_slack(shape, setup, size), 0.0)
     gradients = trainable * size.trained / place.gradients
     optimizer = trainable * optimizer_bytes_per_parameter(setup, size) / place.optimizer
+    if "8bit" in str(setup.optimizer) and setup.method == "full" and setup.framework.startswith("hf-trainer"):
+        # Trainer has bitsandbytes keep fp32 states of embeddings.
+        table = (count.embedding + (count.head if shape.tied_embeddings else 0)) / setup.tensor_parallel
+        optimizer = optimizer + table * 2 * (4 - _EIGHT_BIT_WIDTH) / place.optimizer
     if keeps_master_weights(setup):
         optimizer = trainable * 12.0 / place.optimizer
         gradients = trainable * 2.0 / place.gradients
+    elif accumulates_in_fp32(setup):
+        gradients = trainable * 4.0 / place.gradients
+        optimizer = _distributed_optimizer_bytes(setup, count, trainable)
+    if conventions(setup).stable_embedding and str(setup.base_quantization).startswith("nf4"):
+        table = shape.vocab * shape.hidden * size.weight
+        parameters, gradients = parameters + table, gradients + table
     host: Number = 0.0
     if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
         # Paged states are unified memory outside torch's allocator; ZeRO-Offload keeps fp32 master weights as well.
@@ -196,12 +228,44 @@ def states(shape: ModelShape, setup: Setup) -> States:
         linear=count.linear / dense
         if not count.experts
         else (count.linear - count.experts) / dense + count.experts / expert,
+        experts=count.experts / expert,
         largest_layer=layer_parameters(shape)
         / (setup.tensor_parallel * (setup.expert_parallel if shape.experts else 1)),
         embedding=shape.vocab * shape.hidden / setup.tensor_parallel,
         quantized=quantized,
         gradient_width=size.trained,
     )
+
+
+def _block_slack(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+    """What the allocator's blocks of loaded matrices hold beyond them: from 10 MiB on a matrix has a segment of its own,
+    a multiple of 2 MiB, and keeps a rest of up to 1 MiB."""
+    if shape.inferred or is_cpu(setup.accelerator):
+        return 0.0
+    width: float = size.weight
+    if setup.base_quantization:
+        width = 1.0 if "8" in setup.base_quantization else 0.5
+    h, f, tensor = shape.hidden, shape.plain_ffn, setup.tensor_parallel
+    matrices = [(h * shape.query_width, 2), (h * shape.kv_width, 2)] if not shape.latent_attention else []
+    matrices.append((h * f, shape.matrices * (0 if shape.experts else 1)))
+    slack: Number = 0.0
+    for elements, count in matrices:
+        slack = slack + count * _slack(elements * width / tensor)
+    tables = 1 if shape.tied_embeddings else 2
+    return slack * shape.layers / setup.pipeline_parallel + tables * _slack(shape.vocab * h * size.weight / tensor)
+
+
+def _slack(matrix_bytes: Number) -> Number:
+    rest = -matrix_bytes % (2 * MIB)
+    return where(matrix_bytes >= 10 * MIB, where(rest <= MIB, rest, 0.0), 0.0)
+
+
+def _distributed_optimizer_bytes(setup: Setup, count: ParameterCount, trainable: Number) -> Number:
+    """Megatron's: fp32 master weights and moments, split over the ranks that hold the same weights."""
+    ranks = setup.shard_size or setup.data_ranks * setup.context_parallel
+    _, expert = model_divisors(setup)
+    experts = count.experts / expert if setup.method == "full" else 0.0
+    return 12.0 * ((trainable - experts) / ranks + experts / maximum(ranks / setup.expert_parallel, 1))
 
 
 def optimizer_bytes_per_parameter(setup: Setup, size: Widths) -> float:

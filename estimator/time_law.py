@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from estimator.calibration import FLOP_TERMS, OTHER_TERMS, overlap_exponent, seconds_by_term
-from estimator.compute import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
 from estimator.errors import InputError
 from estimator.hardware import Accelerator, find_accelerator
 from estimator.law_fitting import Sample
@@ -24,6 +23,8 @@ from estimator.robust import TOLERANCE, soft_l1, soft_l1_slope
 if TYPE_CHECKING:
     from estimator.robust import Array
 
+_MATMUL_EFFICIENCY, _BANDWIDTH_EFFICIENCY = 0.72, 0.75
+"""Shares of the datasheet's rates that training reaches: where the search starts on an accelerator of the catalog."""
 _HEAD_TIE, _ATTENTION_TIE, _TYPE_TIE, _TRAFFIC_TIE = 0.3, 0.7, 1.0, 0.5
 """Standard deviations, in factors e: how far the head's and attention's rates lie from the layers' matrix products, the
 rates of one type of number from another's, and the traffic of logits and optimizer from that of the layers."""
@@ -138,7 +139,7 @@ class TimeForm:
             products = f"matmul_flops[{kind}]"
             flops = self._known.matrix_flops(kind) if self._known else None
             if flops:
-                rows.append(({products: 1.0}, -math.log(flops * MATMUL_EFFICIENCY), _CATALOG_WIDTH))
+                rows.append(({products: 1.0}, -math.log(flops * _MATMUL_EFFICIENCY), _CATALOG_WIDTH))
             elif products == first:
                 rows.append(({products: 1.0}, rate, _UNKNOWN_WIDTH))
             else:
@@ -147,7 +148,7 @@ class TimeForm:
             rows.append(({f"attention_flops[{kind}]": 1.0, products: -1.0}, 0.0, _ATTENTION_TIE))
         bandwidth = self._known.bandwidth_bytes_per_second if self._known else None
         if bandwidth:
-            rows.append(({"elementwise_bytes": 1.0}, -math.log(bandwidth * BANDWIDTH_EFFICIENCY), _CATALOG_WIDTH))
+            rows.append(({"elementwise_bytes": 1.0}, -math.log(bandwidth * _BANDWIDTH_EFFICIENCY), _CATALOG_WIDTH))
         else:
             rows.append(({"elementwise_bytes": 1.0, first: -1.0}, math.log(_BALANCE), _BALANCE_WIDTH))
         rows += [

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # What libraries say as an allocation fails; torch's CPU allocator, the kernel, C++, CUDA, cuBLAS, oneDNN, OpenMP.
 _OUT_OF_MEMORY = (
     "defaultcpuallocator", "not enough memory", "cannot allocate memory", "std::bad_alloc", "out of memory", "cublas_status_alloc_failed",
-    "unable to allocate", "could not create a memory", "failed to allocate", "thread creation failed", "memoryerror",
+    "cudnn_status_alloc_failed", "unable to allocate", "could not create a memory", "failed to allocate", "thread creation failed",
+    "memoryerror",
 )  # fmt: skip
 _ENFORCE = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
 """What torch's CPU allocator puts before its message."""

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -95,11 +95,12 @@ class _Reply:
 class ForkServer:
     """Calls functions in fresh processes, one at a time; a context manager. Children end with it, however it ends.
 
-    Starting does not wait for the imports; the first call does. Raises MissingError where torch or transformers is
-    not installed.
+    Starting does not wait for the imports; the first call does. Without ``preload`` every child imports for itself: slower,
+    and for machines on which a library looks at the GPU as it is imported, which no child of it survives. Raises
+    MissingError where torch or transformers is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, preload: bool = True) -> None:
         for name in _NEEDED:
             if importlib.util.find_spec(name) is None:
                 raise MissingError(f"training needs {name}; pip install 'vramcalc-toolkit[all]'")
@@ -108,11 +109,11 @@ class ForkServer:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.fork_server", str(theirs.fileno())],
+                [sys.executable, "-m", "harness.fork_server", str(theirs.fileno()), str(int(preload))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_QUIET | dict(os.environ) | {"PYTHONPATH": path},
+                env=_QUIET | dict(os.environ) | {"PYTHONPATH": path} | _one_gpu(os.environ),
                 start_new_session=True,  # a Ctrl-C is this process's to answer
             )
         self._connection: Connection[_Request, _Reply] = Connection(ours.detach())
@@ -151,6 +152,13 @@ class ForkServer:
         self.close()
 
 
+def _one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first GPU alone, counted as NVML does: Trainer splits each batch over all that it sees."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": first}
+
+
 def _die_with(parent: int) -> None:
     """This process gets SIGKILL when its parent ends; at once if that has happened. Linux only: elsewhere it is left."""
     if sys.platform.startswith("linux"):
@@ -159,8 +167,8 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _serve(connection: Connection[_Reply, _Request]) -> None:
-    for name in _PRELOADED:
+def _serve(connection: Connection[_Reply, _Request], *, preload: bool) -> None:
+    for name in _PRELOADED if preload else ():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     # What is imported stays: a collection in a child need not look at half a million objects (0.3 s each time), nor
@@ -288,4 +296,4 @@ if __name__ == "__main__":
     _die_with(os.getppid())
     from harness import fork_server  # requests name its classes so, not __main__'s
 
-    fork_server._serve(Connection(int(sys.argv[1])))
+    fork_server._serve(Connection(int(sys.argv[1])), preload=sys.argv[2] == "1")

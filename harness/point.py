@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from estimator.catalog import resolve_model
 from estimator.compute import step_work
@@ -20,22 +19,13 @@ from estimator.errors import InputError
 from estimator.hardware import CPU, find_accelerator, is_cpu
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
+from harness.point_steps import TRACED_STEPS, Watch, build_for, point_meter, train_point
 from harness.samples import find_source
 from profiler.device import LocalDevice, usable_cores
-from profiler.disk import checkpoint_size
-from profiler.energy import energy_meter
 from profiler.environment import environment_json, version
-from profiler.memory import MemoryMeter
-from profiler.timing import StepClock, StepTimes
-
-if TYPE_CHECKING:
-    import torch
-
-    from harness.data import TokenData
 
 PROCEDURE_VERSION = 1
 """Part of a row's key: raise it when the same setup would be measured otherwise."""
-TRACED_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +36,8 @@ class Procedure:
     """What ``--data`` names; ``None`` is the offline set."""
     warmup_steps: int = 2
     timed_steps: int = 5
+    checkpoint_limit_bytes: int | None = None
+    """A checkpoint that the estimate says is larger is not written, and its columns stay empty; ``None`` writes all."""
     cache: Path | None = None
     """Where tokens are kept; ``None`` is the user's cache directory."""
 
@@ -148,15 +140,21 @@ def check_points(setups: Sequence[Setup], procedure: Procedure) -> None:
         load_tokens(procedure.data, model=model, seq=seq, pack=pack, sequences=None, cache=procedure.cache)
 
 
-def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: Path) -> MeasuredRun:
+def run_point(
+    setup: Setup, procedure: Procedure, device: LocalDevice, scratch: Path, trace: Path | None = None
+) -> MeasuredRun:
     """Trains ``setup`` (from ``local_setup``) for ``procedure.steps`` steps and writes one checkpoint under ``scratch``.
 
-    Changes the process's random state and memory; leaves nothing in ``scratch``. Raises InputError and MissingError; an
+    On a GPU, ``trace`` gets the allocator's trace of the traced steps (see ``profiler.allocator_recording``). Changes the
+    process's random state, allocator and memory; leaves nothing in ``scratch``. Raises InputError and MissingError; an
     allocation that fails raises what the library raises.
     """
-    from estimator.build import build_model
+    from harness.cuda_process import attention_held_to, chosen_attention, settle_allocator
     from harness.data import load_tokens
 
+    on_gpu = device.kind == "cuda"
+    if on_gpu:
+        settle_allocator(setup)
     sequences = setup.batch * setup.accumulation * procedure.steps
     tokens = load_tokens(
         procedure.data,
@@ -166,12 +164,14 @@ def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: 
         sequences=sequences,
         cache=procedure.cache,
     )
-    meter = _meter(device)
-    model = build_model(setup)
+    meter = point_meter(device, trace, source=f"{source_label(device)}, {run_key(setup, procedure, device)}")
+    model = build_for(setup, device)
     parameters, trainable = _count(model)
-    watch = _Watch(meter, device, procedure)
-    checkpoint = _train(setup, model, tokens, watch, procedure, scratch)
-    peaks = meter.stop()
+    watch = Watch(meter, device, procedure)
+    with attention_held_to(setup.attention_kernel if on_gpu else None):
+        checkpoint = train_point(setup, model, tokens, watch, procedure, scratch)
+        peaks = meter.stop()
+        further = {**meter.facts(), "sdpa_kernel": chosen_attention(setup)} if on_gpu else {}
     times = watch.times()
     tokens_per_step = setup.seq * setup.batch * setup.accumulation
     model_flops = step_work(resolve_model(setup.model), setup).model_flops
@@ -198,10 +198,7 @@ def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: 
         tokens_per_second_per_accelerator=tokens_per_step / times.median_seconds,
         model_tflops_per_accelerator=model_flops / times.median_seconds / 1e12,
         energy_joules=watch.joules_per_step(),
-        checkpoint_bytes=checkpoint.total_bytes,
-        checkpoint_model_bytes=checkpoint.model_bytes,
-        checkpoint_optimizer_bytes=checkpoint.optimizer_bytes,
-        checkpoint_seconds=checkpoint.seconds,
+        **checkpoint,
         global_batch=setup.batch * setup.accumulation,
         torch=version("torch"),
         transformers=version("transformers"),
@@ -213,124 +210,9 @@ def run_point(setup: Setup, procedure: Procedure, device: LocalDevice, scratch: 
             traced_steps=TRACED_STEPS,
             warmup_steps=procedure.warmup_steps,
             timed_steps=procedure.timed_steps,
+            **further,
         ),
     )
-
-
-class _Watch:
-    """Turns the phases that a loop reports into traced, warm-up and timed steps."""
-
-    def __init__(self, meter: MemoryMeter, device: LocalDevice, procedure: Procedure) -> None:
-        self.meter = meter
-        self._procedure = procedure
-        self._clock = StepClock(meter.synchronize)
-        self._energy = energy_meter(device.kind)
-        self._joules: list[float] = []
-        self._ended = 0
-
-    def enter(self, phase: str) -> None:
-        timed_from = TRACED_STEPS + self._procedure.warmup_steps
-        if phase == "between":
-            self._ended += 1
-        if self._ended < timed_from:
-            self.meter.enter(phase)
-        if phase != "between":
-            return
-        if self._ended == TRACED_STEPS:
-            self.meter.end_tracing()
-        if self._ended >= timed_from:
-            self._clock.tick()
-        if self._energy is not None and self._ended in (timed_from, self._procedure.steps):
-            self._joules.append(self._energy.joules())
-
-    def times(self) -> StepTimes:
-        return self._clock.times()
-
-    def joules_per_step(self) -> float | None:
-        """``None`` without a meter, and where the steps were over before its counter moved."""
-        if len(self._joules) < 2 or self._joules[1] <= self._joules[0]:
-            return None
-        return (self._joules[1] - self._joules[0]) / self._procedure.timed_steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checkpoint:
-    total_bytes: int
-    model_bytes: int
-    optimizer_bytes: int
-    seconds: float
-    """For which training waited; the system may write to the disk later."""
-
-
-def _train(
-    setup: Setup, model: torch.nn.Module, tokens: TokenData, watch: _Watch, procedure: Procedure, scratch: Path
-) -> _Checkpoint:
-    run = _run_loop if setup.framework == "torch-loop" else _run_trainer
-    directory, seconds = run(setup, model, tokens, watch, procedure.steps, scratch)
-    size = checkpoint_size(directory)
-    _remove(directory)
-    return _Checkpoint(
-        total_bytes=size.total_bytes,
-        model_bytes=size.model_bytes,
-        optimizer_bytes=size.optimizer_bytes,
-        seconds=seconds,
-    )
-
-
-def _run_loop(
-    setup: Setup, model: torch.nn.Module, tokens: TokenData, watch: _Watch, steps: int, scratch: Path
-) -> tuple[Path, float]:
-    from harness.torch_loop import TorchLoop
-
-    loop = TorchLoop(setup, model, tokens.train, on_phase=watch.enter)
-    watch.meter.start(loop.model)
-    loop.train(steps)
-    directory = scratch / "checkpoint"
-    started = time.perf_counter()
-    loop.save(directory)
-    return directory, time.perf_counter() - started
-
-
-def _run_trainer(
-    setup: Setup, model: torch.nn.Module, tokens: TokenData, watch: _Watch, steps: int, scratch: Path
-) -> tuple[Path, float]:
-    from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from harness.trainer import PhaseTrainer, training_arguments
-
-    moments: list[float] = []
-
-    class SaveTimer(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            moments[:] = [time.perf_counter()]
-
-        def on_save(self, *args: Any, **kwargs: Any) -> None:
-            moments.append(time.perf_counter())
-
-    arguments = training_arguments(setup, output_dir=scratch, max_steps=steps, save_strategy="steps", save_steps=steps)
-    trainer = PhaseTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=tokens.train,
-        on_phase=watch.enter,
-        callbacks=[SaveTimer()],
-    )
-    watch.meter.start(model)
-    trainer.train()
-    directory = get_last_checkpoint(str(scratch))
-    assert directory is not None and len(moments) == 2, "Trainer wrote no checkpoint at its last step"
-    return Path(directory), moments[1] - moments[0]
-
-
-def _meter(device: LocalDevice) -> MemoryMeter:
-    if device.kind == "cuda":
-        from profiler.cuda_memory import CudaMemoryMeter
-
-        return CudaMemoryMeter()
-    from profiler.cpu_memory import CpuMemoryMeter
-
-    return CpuMemoryMeter()
 
 
 def _count(model: Any) -> tuple[int, int]:
@@ -346,9 +228,3 @@ def _host_peak(device: LocalDevice) -> int | None:
     from profiler.cpu_memory import resident_peak_bytes
 
     return resident_peak_bytes()
-
-
-def _remove(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory)

@@ -61,6 +61,8 @@ class PointLimits:
     timeout_seconds: float = 600.0
     memory_bytes: int | None = None
     """Of the host's memory, beyond the libraries; ``None`` is what is available as the point starts, less a margin (on a GPU: no limit)."""
+    end: float | None = None
+    """The moment (``time.monotonic``) at which a point that still runs is ended."""
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
@@ -82,13 +84,24 @@ class Executor(ABC):
 
 
 class FreshProcessExecutor(Executor):
-    """Each point in a process forked from one that has imported torch and transformers."""
+    """Each point in a process forked from one that has imported torch and transformers.
 
-    def __init__(self, server: ForkServer, procedure: Procedure, device: LocalDevice, limits: PointLimits) -> None:
+    ``trace`` names the file that gets a point's allocator trace (on a GPU); ``None`` is none.
+    """
+
+    def __init__(
+        self,
+        server: ForkServer,
+        procedure: Procedure,
+        device: LocalDevice,
+        limits: PointLimits,
+        trace: Callable[[Setup], Path | None] = lambda setup: None,
+    ) -> None:
         self._server = server
         self._procedure = procedure
         self._device = device
         self._limits = limits
+        self._trace = trace
 
     def check(self, setups: Sequence[Setup]) -> None:
         """Builds each model without memory, and reads the data; the points then find the tokens in the cache."""
@@ -102,13 +115,20 @@ class FreshProcessExecutor(Executor):
         memory = self._limits.memory_bytes
         if memory is None and self._device.kind == "cpu":  # a CUDA driver maps far more than it uses
             memory = memory_for_a_point()
-        limits = Limits(timeout_seconds=self._limits.timeout_seconds, memory_bytes=memory)
+        seconds, end = self._limits.timeout_seconds, self._limits.end
+        left = seconds if end is None else max(end - time.monotonic(), 0.0)
+        limits = Limits(timeout_seconds=min(seconds, left), memory_bytes=memory)
+        arguments = (setup, self._procedure, self._device, scratch, self._trace(setup))
+        if self._device.kind == "cuda":
+            _wait_for_free_memory(self._device)
         try:
-            run = self._server.call(run_point, setup, self._procedure, self._device, scratch, limits=limits, log=log)
+            run = self._server.call(run_point, *arguments, limits=limits, log=log)
             assert isinstance(run, MeasuredRun)
             return run
         except CallEndedError as error:
             outcome, reason = error.outcome, str(error)
+            if outcome == "timeout" and left < seconds:
+                reason = f"{OUT_OF_TIME} after {left:.0f} s"
             if outcome == "oom" and memory is not None:
                 reason += f" (limit {memory:,} bytes beyond the libraries)"
         except (InputError, MissingError) as error:  # this point's own: the others may still run
@@ -119,7 +139,24 @@ class FreshProcessExecutor(Executor):
         return unfinished_run(setup, self._procedure, self._device, outcome=outcome, reason=reason)
 
 
+OUT_OF_TIME = "the sweep's time was over"
+"""What the reason of a point starts with that was ended by ``PointLimits.end``."""
 _UNLIMITED = Limits(timeout_seconds=24 * 3600.0)
+_GPU_SECONDS = 5.0
+_GPU_MARGIN_BYTES = 64 * MIB
+
+
+def _wait_for_free_memory(device: LocalDevice) -> None:
+    """Until the GPU has given back what the process before held, as long as it still does."""
+    from profiler.nvml import first_gpu
+
+    deadline, before = time.monotonic() + _GPU_SECONDS, -1
+    while (gpu := first_gpu()) is not None and time.monotonic() < deadline:
+        free = gpu.free_bytes()
+        if free >= device.free_bytes - _GPU_MARGIN_BYTES or free <= before:
+            return
+        before = free
+        time.sleep(0.1)
 
 
 def memory_for_a_point() -> int:
@@ -158,8 +195,11 @@ def run_sweep(
     steps: int,
     on_progress: Callable[[SweepProgress], None] = lambda progress: None,
     predict_seconds: Callable[[Setup], float | None] = lambda setup: None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> tuple[MeasuredRun, ...]:
     """Runs what is not measured yet and returns the row of every point, in the order of ``points``.
+
+    ``goes_on`` is asked before each point; from its first no on, what is not measured has no row.
 
     For the time left, ``steps`` are those of one point and ``predict_seconds`` gives the seconds of one step; where it
     gives ``None`` for some, points are weighed by their FLOPs once one has ended. Kill it at any moment: what had ended is in the store. The log of a point that is
@@ -173,6 +213,8 @@ def run_sweep(
     if to_do:
         executor.check([point.setup for point in to_do])
     for position, point in enumerate(to_do):
+        if not goes_on():
+            break
         on_progress(
             SweepProgress(
                 done=done + position,
@@ -191,8 +233,8 @@ def run_sweep(
         store.add(finished)
         rows[point.run] = finished
         forecast.ended(position, time.monotonic() - started)
-    on_progress(SweepProgress(done=len(points), total=len(points), current=None, seconds_left=0.0, finished=finished))
-    return tuple(rows[point.run] for point in points)
+    on_progress(SweepProgress(done=len(rows), total=len(points), current=None, seconds_left=0.0, finished=finished))
+    return tuple(rows[point.run] for point in points if point.run in rows)
 
 
 class _Forecast:

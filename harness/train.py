@@ -16,6 +16,7 @@ from estimator.result import Estimate
 from estimator.setup import Setup
 from harness.checkpoints import checkpoints, discard, staging_directory
 from harness.child_errors import explain_error
+from harness.cuda_process import settle_allocator
 from harness.data import load_tokens
 from harness.forecast import forecast, refuse_what_does_not_fit
 from harness.meters import memory_meter
@@ -92,6 +93,8 @@ def train(
         steps = schedule(plan, data)
         predicted = forecast(plan, steps, device, calibration=calibration, calibration_name=calibration_name)
         on_estimate(predicted)
+        if device.kind == "cuda":
+            settle_allocator(plan.setup)
         # Not before: it loads torch and transformers, and what is wrong so far is said at once.
         _check_arguments(plan)
         if not plan.force:

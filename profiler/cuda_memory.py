@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from profiler.memory import MemoryMeter, MemoryPeaks, PhasePeak, model_bytes
@@ -31,6 +32,22 @@ class CudaCounters(ABC):
     @abstractmethod
     def process_bytes(self) -> int | None:
         """What this process holds of the device now, context and libraries included."""
+
+    @abstractmethod
+    def reserved_bytes(self) -> int:
+        """What the allocator holds now."""
+
+    @abstractmethod
+    def retries(self) -> int:
+        """How often the device was full and the allocator gave its cache back to try again, in the process's life."""
+
+    @abstractmethod
+    def process_bytes_by(self) -> str:
+        """Who says ``process_bytes``: ``nvml process``, ``nvml device`` or ``cuda``."""
+
+    @abstractmethod
+    def expandable_segments(self) -> bool | None:
+        """Whether the allocator uses them; ``None`` where it does not say."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -72,6 +89,28 @@ class TorchCudaCounters(CudaCounters):
         free, total = torch.cuda.mem_get_info()
         return total - free
 
+    def reserved_bytes(self) -> int:
+        import torch
+
+        return torch.cuda.memory_reserved()
+
+    def retries(self) -> int:
+        import torch
+
+        return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+    def process_bytes_by(self) -> str:
+        if self._gpu is None:
+            return "cuda"
+        return "nvml device" if self._gpu.process_bytes(os.getpid()) is None else "nvml process"
+
+    def expandable_segments(self) -> bool | None:
+        import torch
+
+        settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
+        found = settings.get("expandable_segments")
+        return None if found is None else bool(found)
+
     def synchronize(self) -> None:
         import torch
 
@@ -93,11 +132,15 @@ class CudaMemoryMeter(MemoryMeter):
         self._reserved_bytes = 0
         self._device_bytes: int | None = None
         self._loaded_bytes = 0
+        self._overhead_bytes: int | None = None
+        self._started_overhead_bytes: int | None = None
 
     def start(self, model: torch.nn.Module) -> None:
         self._loaded_bytes = model_bytes(model)
         self._counters.synchronize()
         self._counters.reset_peaks()
+        self._read_process()
+        self._started_overhead_bytes = self._overhead_bytes
         self._tracing = True
 
     def enter(self, phase: str) -> None:
@@ -127,6 +170,17 @@ class CudaMemoryMeter(MemoryMeter):
     def synchronize(self) -> None:
         self._counters.synchronize()
 
+    def facts(self) -> Mapping[str, str | float | None]:
+        """``overhead_bytes``: of the device beyond the allocator's segments (context, kernels, libraries), once the model
+        was loaded and at the end."""
+        return {
+            "device_bytes_by": self._counters.process_bytes_by(),
+            "overhead_at_start_bytes": self._started_overhead_bytes,
+            "overhead_bytes": self._overhead_bytes,
+            "allocator_retries": self._counters.retries(),
+            "allocator_expandable": self._counters.expandable_segments(),
+        }
+
     def _read(self) -> None:
         peak = self._counters.peak_allocated_bytes()
         self._peaks[self._phase] = max(self._peaks.get(self._phase, 0), peak)
@@ -136,3 +190,4 @@ class CudaMemoryMeter(MemoryMeter):
         held = self._counters.process_bytes()
         if held is not None:
             self._device_bytes = max(self._device_bytes or 0, held)
+            self._overhead_bytes = held - self._counters.reserved_bytes()

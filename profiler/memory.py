@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,10 @@ class MemoryMeter(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Returns once the device has done everything it was given: call it around what is timed."""
+
+    def facts(self) -> Mapping[str, str | float | None]:
+        """What else it saw by the end, for the row's environment: names with their units."""
+        return {}
 
 
 def model_bytes(model: torch.nn.Module) -> int:

@@ -15,6 +15,8 @@ from estimator.setup import setting_types
 from profiler.files import temporary_prefix, write_whole
 
 TABLE = "measured_runs.parquet"
+CSV_TABLE = "measured_runs.csv"
+"""The same as text: for tables that are kept under version control, and where pyarrow is not installed."""
 _LOCK = ".lock"
 _REQUIRED = ("run", "model")
 
@@ -22,8 +24,8 @@ _REQUIRED = ("run", "model")
 def read_table(path: Path) -> tuple[list[MeasuredRun], list[Skipped]]:
     """Every row that can be read, and each of the others with the reason why it cannot.
 
-    ``path`` is a ``.csv`` (UTF-8), a ``.parquet``, or a directory that holds ``measured_runs.parquet``. Raises InputError
-    for a file that is not such a table at all, and MissingError where Parquet needs pyarrow.
+    ``path`` is a ``.csv`` (UTF-8), a ``.parquet``, or a directory that holds one (see ``table_of``). Raises InputError for a
+    file that is not such a table at all, and MissingError where Parquet needs pyarrow.
     """
     runs, skipped = [], []
     for row in _read_rows(table_of(path)):
@@ -64,9 +66,9 @@ class RunStore:
     columns that a rewrite would lose. Close it (or use it as a context manager) to let others in.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, table: str = TABLE) -> None:
         self.directory = directory
-        self.table = directory / TABLE
+        self.table = directory / table
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -85,7 +87,7 @@ class RunStore:
             raise
 
     def _load(self) -> None:
-        if unknown := sorted(set(_parquet_columns(self.table)) - set(columns())):
+        if unknown := sorted(set(_column_names(self.table)) - set(columns())):
             raise InputError(
                 f"{self.table}: holds the column {unknown[0]!r}, which this version would lose; write another --out"
             )
@@ -139,8 +141,11 @@ def _lock(directory: Path) -> IO[str]:
 
 
 def table_of(path: Path) -> Path:
-    """The table that ``path`` means: of a directory, its ``measured_runs.parquet``."""
-    return path / TABLE if path.is_dir() else path
+    """The table that ``path`` means: of a directory, its ``measured_runs.parquet``, or where there is none the CSV."""
+    if not path.is_dir():
+        return path
+    text_alone = (path / CSV_TABLE).exists() and not (path / TABLE).exists()
+    return path / (CSV_TABLE if text_alone else TABLE)
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
@@ -192,7 +197,10 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
             raise _not_parquet(file, error) from None
 
 
-def _parquet_columns(file: Path) -> list[str]:
+def _column_names(file: Path) -> list[str]:
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            return next(csv.reader(text), [])
     pyarrow, parquet = _arrow()
     with file.open("rb") as stream:
         try:

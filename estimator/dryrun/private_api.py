@@ -80,3 +80,40 @@ def replaced(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]
         yield
     finally:
         setattr(owner, name, before)
+
+
+def trace_and_partition(
+    function: Callable[..., Any], executor: Callable[..., Any], mark: Callable[[Any], None]
+) -> Callable[..., Any]:
+    """``function`` traced at its first call into a forward and a backward graph as ``torch.compile`` would cut them.
+
+    ``executor(graph module, example inputs)`` makes what runs each; ``mark(graph)`` sees both before they are cut.
+    """
+    from torch._functorch import partitioners
+    from torch._functorch.aot_autograd import aot_function
+    from torch._inductor.decomposition import select_decomp_table
+
+    def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
+        mark(joint.graph)
+        # Attention without dropout draws nothing, though its operator could: its random state need not be kept.
+        with replaced(partitioners, "has_recomputable_rng_ops", lambda graph: False):
+            return partitioners.min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    traced: Callable[..., Any] = aot_function(
+        function, executor, executor, partition_fn=partition, decompositions=select_decomp_table()
+    )
+    return traced
+
+
+def without_innermost_mode() -> Any:
+    """A context in which the dispatch mode that was entered last is not asked."""
+    from torch.utils._python_dispatch import _pop_mode_temporarily
+
+    return _pop_mode_temporarily()
+
+
+def reparametrized(module: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Any:
+    """A context in which a module's parameters are these tensors."""
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    return _reparametrize_module(module, parameters)

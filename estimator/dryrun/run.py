@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from estimator.catalog import resolve_model
+from estimator.dryrun.checks import check_activations
+from estimator.dryrun.libraries import check_libraries
+from estimator.dryrun.parallel import check_parallel, same_in_depth
 from estimator.dryrun.result import DryRun
 from estimator.errors import InputError, MissingError
 from estimator.hardware import is_cpu
-from estimator.setup import Setup
+from estimator.setup import LOSSES, OPTIMIZERS, QUANTIZATIONS, Setup
 
 LAYERS_RUN = 5
 """Decoder layers that determine the rest: two at each end and the one that is repeated."""
@@ -25,6 +28,9 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
     check_dry_runnable(setup)
     if setup.attention == "flash":  # the flash-attn package keeps what torch's flash kernel keeps
         setup = dataclasses.replace(setup, attention="sdpa", attention_kernel="flash")
+    if str(setup.base_quantization).startswith("gptq"):  # its kernels that have a backward pass know fp16 only
+        precision, autocast = setup.precision.replace("bf16", "fp16"), "fp16" if setup.autocast else None
+        setup = dataclasses.replace(setup, precision=precision, autocast=autocast)
     try:
         from estimator.dryrun.depth import write_out
         from estimator.dryrun.replay import replay
@@ -34,7 +40,7 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
     layers = depth(setup)
     # The first layers of some mixtures of experts are dense: the middle one must be far enough from them.
     few = None if layers_run is None else layers_run + 2 * resolve_model(setup.model).dense_layers
-    run = layers if few is None or layers <= few else few
+    run = layers if few is None or layers <= few or not same_in_depth(setup) else few
     written = write_out(record(setup, steps=steps, layers=run), run=run, layers=layers)
     if written is None:
         run = layers
@@ -56,21 +62,20 @@ def check_dry_runnable(setup: Setup) -> None:
             f"params: {setup.model} names no model code to run; write --model NAME, or leave out --dry-run"
         )
     known = {
-        "framework": ("hf-trainer", "torch-loop"),
-        "method": ("full", "freeze", "lora", "dora"),
-        "optimizer": ("adamw", "adamw-fused", "adafactor", "sgd"),
+        "method": ("full", "freeze", "lora", "dora", "qlora"),
+        "optimizer": OPTIMIZERS,
         "precision": ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"),
-        "sharding": ("none",),
-        "accelerators": (1,),
-        "loss": ("standard",),
-        "checkpointing": ("none", "full"),
-        "attention": ("eager", "sdpa", "flash"),
-        "offload": (None,),
-        "compile": (False,),
-        "base_quantization": (None,),
+        "loss": LOSSES,
+        "checkpointing": ("none", "full", "selective"),
+        "attention": ("eager", "sdpa", "flash", "flex"),
+        "offload": (None, "activations", "optimizer"),
+        "base_quantization": (None, *QUANTIZATIONS),
     }
     for name, values in known.items():
         value = getattr(setup, name)
         if value not in values:
             choices = ", ".join(str(choice) for choice in values if choice is not None) or "nothing"
             raise InputError(f"{name}: a dry run does not execute {value}; write {choices}, or leave out --dry-run")
+    check_activations(setup)
+    check_parallel(setup)
+    check_libraries(setup)

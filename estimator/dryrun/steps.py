@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 
 from estimator.activations import builds_mask
 from estimator.build import build_empty_model, decoder_layers, model_config
+from estimator.dryrun.compiled import compile_layers, gradients_at_the_end
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
+from estimator.dryrun.flex import compiled_flex_attention
+from estimator.dryrun.offload import offload_activations
+from estimator.dryrun.optimizers import build_optimizer
 from estimator.dryrun.private_api import fake_mode, replaced, run_backward
 from estimator.dryrun.tracker import Tracker
 from estimator.hardware import is_cpu, workspace_bytes
 from estimator.setup import Setup
+from estimator.states import keeps_master_weights
 
 
 def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
@@ -26,10 +32,21 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
     Raises InputError as ``build_model``.
     """
     cpu = is_cpu(setup.accelerator)
+    if keeps_master_weights(setup):  # of which the engine casts half ones, without autocast
+        setup = dataclasses.replace(setup, precision=setup.precision.removesuffix("-mixed"))
     model: Any = build_empty_model(setup, layers=layers)
     model.train()
-    with fake_mode():
+    if setup.offload == "activations":
+        offload_activations(decoder_layers(model), checkpointing=setup.checkpointing != "none")
+    with contextlib.ExitStack() as world:
+        if setup.sharding == "fsdp":
+            from estimator.dryrun.sharded import sharded, watched
+
+            world.enter_context(sharded(model, setup))
+        world.enter_context(fake_mode())
         _place(model)
+        if setup.compile:
+            compile_layers(decoder_layers(model), setup)
         tracker = Tracker(
             model,
             decoder_layers(model),
@@ -42,11 +59,27 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
             stack.enter_context(_module_hooks(tracker))
             stack.enter_context(_masks(setup))
             stack.enter_context(_experts())
+            if setup.attention == "flex":
+                stack.enter_context(compiled_flex_attention())
             if not cpu:
                 stack.enter_context(CudaFunctions(setup.attention_kernel))
+            if setup.sharding == "fsdp":
+                stack.enter_context(watched(tracker))
             stack.enter_context(tracker)
-            _Loop(setup, model, tracker, cuda=not cpu).run(steps)
+            _loop(setup)(setup, model, tracker, cuda=not cpu).run(steps)
         return tracker.stream
+
+
+def _loop(setup: Setup) -> type[Loop]:
+    if str(setup.sharding).startswith("zero"):
+        from estimator.dryrun.deepspeed import DeepSpeedLoop
+
+        return DeepSpeedLoop
+    if setup.sharding == "ddp":
+        from estimator.dryrun.ddp import DdpLoop
+
+        return DdpLoop
+    return Loop
 
 
 def depth(setup: Setup) -> int:
@@ -110,7 +143,7 @@ def _experts() -> Iterator[None]:
         yield
 
 
-class _Loop:
+class Loop:
     """One model and its optimizer, stepping. ``setup`` resolved."""
 
     def __init__(self, setup: Setup, model: Any, tracker: Tracker, *, cuda: bool) -> None:
@@ -119,19 +152,24 @@ class _Loop:
         self._optimizer: torch.optim.Optimizer | None = None
         self._half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             setup.autocast or {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}.get(setup.precision, "")
+            if setup.sharding != "fsdp"  # whose gathered weights are half themselves
+            else ""
         )
 
     def run(self, steps: int) -> None:
         tracker = self._tracker
         tracker.begin("load")
-        _load(self._model, tracker)
+        self._load()
         ids = torch.empty(self._setup.batch, self._setup.seq, dtype=torch.int64)
         tracker.recategorize(ids, "activations", "the batch")
         if self._setup.optimizer_in_backward:
             for parameter in self._trained:
                 self._step_in_backward(parameter)
         for _ in range(steps):
-            for _ in range(self._setup.accumulation):
+            for number in range(self._setup.accumulation):
+                if self._setup.sharding == "fsdp" and self._setup.framework == "hf-trainer":
+                    # accelerate's ``no_sync``: what is not the last micro-batch is added up whole, on each rank.
+                    self._model.set_requires_gradient_sync(number + 1 == self._setup.accumulation)
                 if self._setup.framework == "torch-loop":
                     self._plain_micro_batch(ids)
                 else:
@@ -143,6 +181,9 @@ class _Loop:
         del ids
         if self._setup.eval_batch is not None:
             self._evaluate(self._setup.eval_batch)
+
+    def _load(self) -> None:
+        _load(self._model, self._tracker)
 
     def _evaluate(self, sequences: int) -> None:
         """``Trainer.prediction_step`` with ``prediction_loss_only``: the outputs, logits included, live until it returns."""
@@ -173,18 +214,22 @@ class _Loop:
         with self._autocast():
             outputs = self._model(input_ids=ids, labels=ids)
             loss = outputs.loss / self._setup.accumulation if self._setup.accumulation > 1 else outputs.loss
-        self._tracker.begin("backward")
-        run_backward(loss)
+        self._backward(loss)
         del outputs, loss
         self._name_gradients()
 
     def _trainer_micro_batch(self, ids: torch.Tensor) -> None:
         self._tracker.begin("forward")
         loss = self._trainer_loss(ids)
-        self._tracker.begin("backward")
-        run_backward(loss)
+        self._backward(loss)
         del loss
         self._name_gradients()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._tracker.begin("backward")
+        with gradients_at_the_end(self._trained) if self._setup.compile else contextlib.nullcontext():
+            run_backward(loss)
+        self._tracker.leave_layers()
 
     def _trainer_loss(self, ids: torch.Tensor) -> torch.Tensor:
         """``Trainer.compute_loss``: the model as accelerate wraps it, which makes an fp32 copy of its outputs."""
@@ -203,13 +248,13 @@ class _Loop:
     def _name_gradients(self) -> None:
         for parameter in self._trained:
             if parameter.grad is not None:
-                self._tracker.recategorize(parameter.grad, "gradients")
+                self._tracker.recategorize(parameter.grad, "gradients", self._tracker.holder(parameter))
 
     def _step(self) -> None:
         fresh = self._optimizer is None
         if self._optimizer is None:
-            self._optimizer = self._build_optimizer(self._trained)
-        if self._setup.framework == "hf-trainer":
+            self._optimizer = build_optimizer(self._setup, self._trained, self._model, cuda=self._cuda)
+        if self._setup.framework in ("hf-trainer", "torchtitan"):
             torch.nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
         self._update(self._optimizer, fresh=fresh)
         self._optimizer.zero_grad(set_to_none=self._setup.zero_grad != "zero")
@@ -220,40 +265,23 @@ class _Loop:
         optimizer.step()
         self._tracker.host_scalars = False
         if fresh:
-            for state in optimizer.state.values():
+            for parameter, state in optimizer.state.items():
                 for value in state.values():
                     if isinstance(value, torch.Tensor):
-                        self._tracker.recategorize(value, "optimizer")
+                        self._tracker.recategorize(value, "optimizer", self._tracker.holder(parameter))
 
     def _step_in_backward(self, parameter: torch.nn.Parameter) -> None:
         """One optimizer for each parameter, as torchtune has it: it steps as soon as the gradient is there, which is then
         dropped. Nothing clips."""
-        optimizer = self._build_optimizer([parameter])
+        optimizer = build_optimizer(self._setup, [parameter], self._model, cuda=self._cuda)
 
         def step(owner: torch.Tensor) -> None:
             if owner.grad is not None:
-                self._tracker.recategorize(owner.grad, "gradients")
+                self._tracker.recategorize(owner.grad, "gradients", self._tracker.holder(owner))
             self._update(optimizer, fresh=not optimizer.state)
             optimizer.zero_grad()
 
         parameter.register_post_accumulate_grad_hook(step)
-
-    def _build_optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """What torch would choose on the device, said explicitly: on fake tensors it would choose otherwise."""
-        kind = self._setup.optimizer
-        if kind == "sgd":
-            return torch.optim.SGD(trained, lr=1e-5, foreach=True)
-        if kind == "adafactor" and self._setup.framework == "hf-trainer":
-            from transformers.optimization import Adafactor
-
-            return Adafactor(trained, lr=1e-5, scale_parameter=False, relative_step=False)
-        if kind == "adafactor":
-            return torch.optim.Adafactor(trained, lr=1e-5, foreach=False)
-        if kind == "adamw":
-            # Trainer leaves the choice to torch, which is foreach on a GPU and one tensor at a time on a CPU.
-            foreach = self._cuda or self._setup.framework == "torch-loop"
-            return torch.optim.AdamW(trained, lr=1e-5, foreach=foreach, fused=False)
-        return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
 def _place(model: torch.nn.Module) -> None:
@@ -262,7 +290,12 @@ def _place(model: torch.nn.Module) -> None:
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in moved:
-            fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            # Of a sharded parameter its shard.
+            own = getattr(tensor, "_local_tensor", tensor)
+            fresh = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype)
+            if own is not tensor:
+                sharded: Any = tensor
+                fresh = type(sharded)(fresh, sharded._spec, requires_grad=False)
             if isinstance(tensor, torch.nn.Parameter):
                 fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
             moved[id(tensor)] = fresh

@@ -9,10 +9,11 @@ import pytest
 
 from estimator.build import build_model
 from estimator.catalog import resolve_model
-from estimator.compute import formula_seconds, model_flops_per_token, step_work
+from estimator.compute import model_flops_per_token, step_work
 from estimator.hardware import accelerators, find_accelerator
 from estimator.setup import Setup
 from estimator.shape import count_parameters
+from estimator.step_law import formula_seconds
 
 
 def work(setup: Setup) -> Any:

@@ -135,10 +135,9 @@ def test_the_estimate_takes_its_memory_from_the_dry_run_when_asked() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"sharding": "fsdp", "accelerators": 2},
-        {"method": "qlora"},
-        {"optimizer": "adamw-8bit"},
-        {"loss": "fused-linear"},
+        {"method": "qlora", "base_quantization": "int8", "accelerator": "cpu"},
+        {"optimizer": "adamw-8bit", "accelerator": "cpu"},
+        {"loss": "cut-cross-entropy", "precision": "fp32"},
         {"offload": "optimizer"},
         {"framework": "torchtitan"},
         {"model": "8e9"},

@@ -75,6 +75,88 @@ def test_a_real_evaluation_peaks_where_the_dry_run_says(values: dict[str, Any]) 
     assert _phase(dry_run(setup), "evaluation") == pytest.approx(measured, rel=0.002)
 
 
+def _evaluated_plainly(setup: Setup) -> MemoryPeaks:
+    """Two steps of the plain loop, and its model on one batch without gradients."""
+    import numpy as np
+    import torch
+
+    from harness.token_dataset import TokenDataset
+    from harness.torch_loop import TorchLoop
+    from profiler.cpu_memory import CpuMemoryMeter
+
+    torch.manual_seed(0)
+    model: Any = build_model(setup)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2 * setup.batch, setup.seq))
+    meter = CpuMemoryMeter()
+    loop = TorchLoop(setup, model, TokenDataset(ids, None, length=len(ids), seed=0), on_phase=meter.enter)
+    meter.start(model)
+    loop.train(2)
+    meter.enter("evaluation")
+    assert setup.eval_batch is not None
+    held_out = torch.zeros(setup.eval_batch, setup.seq, dtype=torch.int64)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=setup.precision == "bf16-mixed")
+    with torch.no_grad(), autocast:
+        outputs = model.eval()(input_ids=held_out, labels=held_out)
+        del outputs
+    meter.enter("between")
+    return meter.stop()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"eval_batch": 8}, {"eval_batch": 8, "precision": "bf16-mixed"}, {"eval_batch": 8, "loss": "chunked"}],
+    ids=str,
+)
+def test_a_plain_loops_evaluation_peaks_where_the_dry_run_says(values: dict[str, Any]) -> None:
+    setup = _setup(framework="torch-loop", **values)
+    measured = next(p.allocated_bytes for p in _evaluated_plainly(setup).phases if p.phase == "evaluation")
+    assert _phase(dry_run(setup), "evaluation") == pytest.approx(measured, rel=0.003)
+
+
+def _trainer_stepped_in_backward(setup: Setup) -> MemoryPeaks:
+    """Two steps of Trainer with its own dummy optimizer, as it runs layer-wise ones: hooks step, nothing else does."""
+    import numpy as np
+    import torch
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    from harness.token_dataset import TokenDataset
+    from harness.torch_loop import LEARNING_RATE
+    from harness.trainer import PhaseTrainer, training_arguments
+    from profiler.cpu_memory import CpuMemoryMeter
+
+    torch.manual_seed(0)
+    model: Any = build_model(dataclasses.replace(setup, optimizer_in_backward=False))
+    optimizers = {p: torch.optim.AdamW([p], lr=LEARNING_RATE, foreach=False, fused=False) for p in model.parameters()}
+
+    def step(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    dummy = LayerWiseDummyOptimizer(optimizer_dict=optimizers, lr=LEARNING_RATE)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2 * setup.batch, setup.seq))
+    meter = CpuMemoryMeter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = PhaseTrainer(
+            model=model,
+            args=training_arguments(setup, output_dir=Path(scratch), max_steps=2, max_grad_norm=0.0),
+            train_dataset=TokenDataset(ids, None, length=len(ids), seed=0),
+            optimizers=(dummy, torch.optim.lr_scheduler.LambdaLR(dummy, lambda _: 1.0)),
+            on_phase=meter.enter,
+        )
+        meter.start(model)
+        trainer.train()
+    return meter.stop()
+
+
+@pytest.mark.parametrize("values", [{}, {"precision": "bf16-mixed", "checkpointing": "full"}], ids=str)
+def test_trainers_steps_in_backward_peak_where_the_dry_run_says(values: dict[str, Any]) -> None:
+    setup = _setup(optimizer="adamw", optimizer_in_backward=True, **values)
+    measured = max(p.allocated_bytes for p in _trainer_stepped_in_backward(setup).phases)
+    assert dry_run(setup).peak_allocated_bytes == pytest.approx(measured, rel=0.003)
+
+
 def _stepped_in_backward(setup: Setup) -> MemoryPeaks:
     """Two steps in which a hook of each parameter steps its optimizer and drops its gradient."""
     import torch

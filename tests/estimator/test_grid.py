@@ -12,6 +12,7 @@ from estimator.catalog import resolve_model
 from estimator.estimate import estimate
 from estimator.grid import grid_device_bytes, setup_grid
 from estimator.memory import memory_phases, peak_bytes, peak_phase
+from estimator.possible import possible
 from estimator.setup import Setup
 
 BASES = {
@@ -50,7 +51,7 @@ def test_a_grid_has_the_peaks_of_its_setups(name: str) -> None:
     for index, point in enumerate(POINTS):
         one = dataclasses.replace(base, data_parallel=None, **dict(zip(NAMES, point, strict=True))).resolved()
         assert peaks[index] == peak_phase(memory_phases(shape, one)).bytes == peak_bytes(shape, one)
-        if index % 16 == 0:
+        if index % 16 == 0 and possible(shape, one):
             assert devices[index] == estimate(one).memory.peak_device_bytes.value
 
 

@@ -57,6 +57,14 @@ def test_the_server_has_imported_torch_and_has_neither_threads_nor_a_gpu(server:
     assert server.call(eval, "__import__('torch').cuda.is_initialized()", limits=GENEROUS, log=log) is False
 
 
+def test_without_preloading_a_child_imports_for_itself(log: Path) -> None:
+    with ForkServer(preload=False) as server:
+        loaded = "'colorsys' in __import__('sys').modules, 'torch' in __import__('sys').modules"
+        assert server.call(eval, loaded, limits=GENEROUS, log=log) == (False, False)
+        assert server.call(eval, "bool(__import__('colorsys'))", limits=GENEROUS, log=log)
+        assert server.call(eval, loaded, limits=GENEROUS, log=log) == (False, False), "another child"
+
+
 def test_a_childs_bad_input_is_bad_input_here(server: ForkServer, log: Path) -> None:
     with pytest.raises(InputError, match="size: 'many' is not a number"):
         server.call(parse_bytes, "many", "size", limits=GENEROUS, log=log)

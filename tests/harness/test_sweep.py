@@ -14,8 +14,18 @@ import pytest
 from estimator.errors import InputError, MissingError
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
+from harness.fork_server import CallEndedError, Limits
 from harness.point import Procedure, run_key, unfinished_run
-from harness.sweep import Executor, PlannedPoint, PointLimits, SweepProgress, plan_sweep, run_sweep
+from harness.sweep import (
+    OUT_OF_TIME,
+    Executor,
+    FreshProcessExecutor,
+    PlannedPoint,
+    PointLimits,
+    SweepProgress,
+    plan_sweep,
+    run_sweep,
+)
 from profiler.device import LocalDevice
 from profiler.store import TABLE, RunStore, read_runs
 
@@ -236,3 +246,36 @@ def test_a_sweep_killed_at_any_moment_loses_no_row(tmp_path: Path) -> None:
     runs = sweep(out, MadeUp())
     assert [run.run for run in before] == [run.run for run in runs] == [point.run for point in plan()]
     assert sorted(path.name for path in out.iterdir()) == [".lock", TABLE]
+
+
+def test_a_sweep_that_may_not_go_on_returns_what_it_has_and_goes_on_later(tmp_path: Path) -> None:
+    executor, told = MadeUp(), list[SweepProgress]()
+    with RunStore(tmp_path) as store:
+        runs = run_sweep(
+            plan(),
+            store,
+            executor,
+            steps=PROCEDURE.steps,
+            on_progress=told.append,
+            goes_on=lambda: len(executor.ran) < 3,
+        )
+    assert [run.run for run in runs] == [point.run for point in plan()][:3]
+    assert (told[-1].done, told[-1].total, told[-1].current) == (3, len(GRID), None)
+    assert len(sweep(tmp_path, MadeUp())) == len(GRID)
+
+
+def test_a_point_that_the_sweeps_end_cut_off_says_so_and_one_that_was_slow_says_that(tmp_path: Path) -> None:
+    class Server:
+        """Ends every call for its time, and notes how much that was."""
+
+        def call(self, *arguments: object, limits: Limits, log: Path) -> object:
+            self.seconds = limits.timeout_seconds
+            raise CallEndedError("timeout", f"took longer than {limits.timeout_seconds:g} s")
+
+    server = Server()
+    for end, seconds, reason in ((time.monotonic() + 40, 40, OUT_OF_TIME), (None, 90, "took longer than 90 s")):
+        limits = PointLimits(timeout_seconds=90, end=end)
+        executor = FreshProcessExecutor(server, PROCEDURE, DEVICE, limits)  # type: ignore[arg-type]
+        run = executor.run(plan()[0].setup, tmp_path, tmp_path / "log")
+        assert server.seconds == pytest.approx(seconds, abs=1)
+        assert run.outcome == "timeout" and (run.reason or "").startswith(reason)

@@ -39,6 +39,18 @@ class RecordedCounters(CudaCounters):
     def process_bytes(self) -> int | None:
         return None if self._context_bytes is None else self._context_bytes + self._reserved
 
+    def reserved_bytes(self) -> int:
+        return self._reserved
+
+    def retries(self) -> int:
+        return 3
+
+    def process_bytes_by(self) -> str:
+        return "a recording"
+
+    def expandable_segments(self) -> bool | None:
+        return None
+
     def synchronize(self) -> None:
         self.synchronized += 1
 
@@ -66,6 +78,8 @@ def test_peaks_are_read_phase_by_phase_over_all_traced_steps() -> None:
     }
     assert (peaks.allocated_bytes, peaks.peak_phase, peaks.reserved_bytes) == (210, "backward", 220)
     assert (peaks.device_bytes, peaks.loaded_bytes) == (720, 30 * 4)
+    facts = meter.facts()
+    assert (facts["overhead_at_start_bytes"], facts["overhead_bytes"], facts["allocator_retries"]) == (500, 500, 3)
 
 
 def test_steps_after_tracing_read_nothing_by_phase_but_raise_the_reserved_peak() -> None:

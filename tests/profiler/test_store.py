@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from estimator.errors import InputError
 from estimator.measured import MeasuredRun, columns, to_row
 from estimator.setup import Setup
-from profiler.store import TABLE, RunStore, read_runs, read_table, write_runs
+from profiler.store import CSV_TABLE, TABLE, RunStore, read_runs, read_table, table_of, write_runs
 
 EVIDENCE = Path(__file__).resolve().parents[3] / "shared" / "evidence" / "measured_runs.csv"
 
@@ -210,3 +210,18 @@ def test_a_store_where_nothing_can_be_written_is_one_line(tmp_path: Path) -> Non
         RunStore(tmp_path / "file")
     with pytest.raises(InputError, match="cannot write in"):
         RunStore(Path("/proc"))
+
+
+def test_a_store_of_text_grows_is_found_by_its_directory_and_loses_nothing(tmp_path: Path) -> None:
+    with RunStore(tmp_path, table=CSV_TABLE) as store:
+        store.add(FULL)
+    with RunStore(tmp_path, table=CSV_TABLE) as store:
+        assert store.runs == (FULL,)
+        store.add(run())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", CSV_TABLE]
+    assert (table_of(tmp_path), read_runs(tmp_path)) == (tmp_path / CSV_TABLE, [FULL, run()])
+    (tmp_path / CSV_TABLE).write_text("run,model,mine\nr1,nano,x\n")
+    with pytest.raises(InputError, match="'mine', which this version would lose"):
+        RunStore(tmp_path, table=CSV_TABLE)
+    write_runs(tmp_path / TABLE, [run("other")])
+    assert [one.run for one in read_runs(tmp_path)] == ["other"], "a sweep's own table comes first"

@@ -1,0 +1,145 @@
+"""The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED]]``.
+
+Prints the percentiles of |formula / dry run - 1| of the allocated peak on one device, by method and in all, and the worst setups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from estimator.catalog import resolve_model
+from estimator.dryrun.run import dry_run
+from estimator.errors import InputError
+from estimator.memory import memory_phases, peak_phase
+from estimator.possible import check_possible
+from estimator.score import percentile
+from estimator.setup import QUANTIZATIONS, Setup
+
+MODELS = (
+    "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "tinyllama-1.1b", "qwen1.5-0.5b", "llama-3.2-3b", "phi-2", "qwen3-4b",
+    "mistral-7b", "llama-3.1-8b", "qwen3-30b-a3b", "mixtral-8x7b",
+)  # fmt: skip
+METHODS = ("full", "full", "full", "lora", "lora", "dora", "qlora", "freeze")
+PRECISIONS = ("bf16", "bf16", "bf16-mixed", "bf16-mixed", "fp16-mixed", "fp32")
+LOSSES = (
+    "standard",
+    "standard",
+    "standard",
+    "chunked",
+    "fused-kernel",
+    "fused-linear",
+    "cut-cross-entropy",
+    "compiled",
+)
+TARGETS = (None, "all-linear", "q_proj v_proj", "q_proj k_proj v_proj o_proj")
+OPTIMIZERS = ("adamw", "adamw", "adamw-fused", "adamw-8bit", "adamw-paged", "adafactor", "sgd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """One setup by both ways; bytes of the allocated peak."""
+
+    setup: Setup
+    formula_bytes: int
+    dry_bytes: int
+    formula_phase: str
+    dry_phase: str
+
+    @property
+    def relative(self) -> float:
+        return self.formula_bytes / self.dry_bytes - 1
+
+
+def draw(seed: int) -> Iterator[Setup]:
+    """Random setups of one device, without end; the same for the same seed."""
+    chance = random.Random(seed)
+    while True:
+        method = chance.choice(METHODS)
+        adapters = method in ("lora", "dora", "qlora")
+        model = chance.choice(MODELS)
+        shape = resolve_model(model)
+        checkpointing = chance.choice(("none", "none", "full", "full", "selective"))
+        targets = chance.choice(TARGETS)
+        if shape.experts and (checkpointing == "selective" or method == "dora" or targets == "all-linear"):
+            continue  # torch, peft, or the formula (adapters on every expert) does not do it
+        precision = chance.choice(PRECISIONS)
+        setup = Setup(
+            model=model,
+            framework=chance.choice(("hf-trainer", "hf-trainer", "torch-loop")),
+            accelerator=chance.choice(("A100-SXM-80GB", "H100-SXM-80GB")),
+            method=method,
+            lora_rank=chance.choice((8, 16, 64)) if adapters else None,
+            lora_targets=targets if adapters else None,
+            trainable_layers=chance.randint(1, shape.layers) if method == "freeze" else None,
+            base_quantization=chance.choice(QUANTIZATIONS) if method == "qlora" else None,
+            precision=precision,
+            optimizer=chance.choice(OPTIMIZERS),
+            zero_grad=chance.choice(("none", "none", "zero")),
+            checkpointing=checkpointing,
+            attention=chance.choice(("sdpa", "sdpa", "flash", "eager")),
+            loss=chance.choice(LOSSES),
+            seq=chance.choice((256, 512, 1024, 2048, 4096)),
+            batch=chance.choice((1, 1, 2, 4, 8)),
+            accumulation=chance.choice((1, 1, 2)),
+        )
+        try:
+            check_possible(shape, setup.resolved())
+        except InputError:
+            continue
+        yield setup
+
+
+def compare(setup: Setup) -> Gap | None:
+    """Both peaks; ``None`` for what the dry run does not execute."""
+    try:
+        found = dry_run(setup)
+    except InputError:
+        return None
+    resolved = setup.resolved()
+    peak = peak_phase(memory_phases(resolve_model(setup.model), resolved))
+    return Gap(
+        setup=setup,
+        formula_bytes=peak.bytes,
+        dry_bytes=found.peak_allocated_bytes,
+        formula_phase=peak.phase,
+        dry_phase=found.peak_phase,
+    )
+
+
+def stated(setup: Setup) -> str:
+    """The settings that are not their default."""
+    values = {spec.name: (getattr(setup, spec.name), spec.default) for spec in dataclasses.fields(setup)}
+    return " ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default)
+
+
+def report(gaps: list[Gap]) -> Iterator[str]:
+    groups = {"all": gaps} | {m: [g for g in gaps if g.setup.method == m] for m in dict.fromkeys(METHODS)}
+    for name, members in groups.items():
+        sizes = [abs(gap.relative) for gap in members]
+        if sizes:
+            shares = ", ".join(f"p{100 * p:.0f} {100 * percentile(sizes, p):.2f}%" for p in (0.5, 0.9, 0.95, 1.0))
+            yield f"{name}: {len(sizes)} setups, {shares}"
+    yield "worst:"
+    for gap in sorted(gaps, key=lambda gap: -abs(gap.relative))[:20]:
+        phases = f"{gap.formula_phase}/{gap.dry_phase}"
+        yield f"{100 * gap.relative:+6.2f}% {gap.dry_bytes / 2**30:6.2f} GiB {phases}: {stated(gap.setup)}"
+
+
+def main(count: int, seed: int) -> None:
+    gaps: list[Gap] = []
+    for setup in draw(seed):
+        gap = compare(setup)
+        if gap is not None:
+            gaps.append(gap)
+            print(f"{len(gaps)}/{count}", file=sys.stderr, end="\r")
+        if len(gaps) == count:
+            break
+    print("\n".join(report(gaps)))
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in (sys.argv[1:] + ["200", "1"][len(sys.argv) - 1 :])[:2]))

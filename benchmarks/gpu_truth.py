@@ -1,0 +1,208 @@
+"""Measures short real fine-tunes on the GPU at hand, in the order of their value, and scores the predictions of them.
+
+    python -m benchmarks.gpu_truth --minutes 8
+
+Run it again to go on. Without a GPU the same points run in a tiny form on the CPU. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.own_results import RESULTS
+from benchmarks.truth_points import MATRIX, LeftOut, TruthPoint, truth_points
+from estimator.errors import InputError, MissingError
+from estimator.measured import MeasuredRun
+from estimator.setup import Setup
+from estimator.units import parse_bytes
+from harness.cuda_process import device_facts
+from harness.fork_server import CallEndedError, ForkServer, Limits
+from harness.point import Procedure
+from harness.sweep import OUT_OF_TIME, FreshProcessExecutor, PointLimits, plan_sweep, run_sweep
+from profiler.device import LocalDevice, local_device
+from profiler.files import write_whole
+from profiler.store import CSV_TABLE, RunStore, read_runs
+from vramcalc.sweep_display import SweepDisplay
+
+TRACES = "traces"
+ENVIRONMENT = "environment.json"
+_LEAST_SECONDS = {"cuda": 12.0, "cpu": 3.0}
+"""What must be left for another point to be begun."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    begun = time.monotonic()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nobody asks the hub for half a minute
+    given = _parser().parse_args(arguments)
+    device = local_device()
+    tiny = given.tiny or device.kind != "cuda"
+    points, left_out = truth_points(device, tiny=tiny, matrix=given.matrix)
+    points = points[: given.points]
+    _print_left_out(left_out)
+    out = given.out or results_directory(device)
+    end = None if given.minutes is None else begun + 60 * given.minutes
+    procedure = Procedure(
+        warmup_steps=given.warmup_steps,
+        timed_steps=given.timed_steps,
+        checkpoint_limit_bytes=parse_bytes(given.checkpoint_limit, "checkpoint_limit"),
+        cache=given.cache,
+    )
+    if given.list:
+        for point in points:
+            print(f"{point.why:12} {_text(point.setup)}{'  traced' if point.traced else ''}")
+        return 0
+    runs = _measure(points, device, procedure, out, end=end, timeout=given.timeout)
+    _report(runs, len(points), out)
+    return 0
+
+
+def results_directory(device: LocalDevice) -> Path:
+    """``benchmarks/results/<accelerator>-<date>``."""
+    name = "".join(c if c.isalnum() else "-" for c in device.name.lower()).strip("-")
+    return RESULTS / f"{name}-{datetime.date.today().isoformat()}"
+
+
+def _measure(
+    points: Sequence[TruthPoint],
+    device: LocalDevice,
+    procedure: Procedure,
+    out: Path,
+    *,
+    end: float | None,
+    timeout: float,
+) -> tuple[MeasuredRun, ...]:
+    traced = {point.setup for point in points if point.traced} if device.kind == "cuda" else set[Setup]()
+    with RunStore(out, table=CSV_TABLE) as store:
+        # What the end of the time cut off has not been measured.
+        known = [run for run in store.runs if not (run.reason or "").startswith(OUT_OF_TIME)]
+        planned = plan_sweep([point.setup for point in points], known, procedure=procedure, device=device)
+        names = {point.setup: point.run for point in planned}
+        least = _LEAST_SECONDS[device.kind]
+
+        def goes_on() -> bool:
+            return end is None or time.monotonic() + least < end
+
+        measured = tuple(point.measured for point in planned if point.measured is not None)
+        if len(measured) == len(planned) or not goes_on():
+            return measured
+        print(f"{len(planned)} points on {device.description}; importing torch ...", file=sys.stderr)
+        with _server(device, out) as server, SweepDisplay() as display:
+            executor = _TruthExecutor(
+                server,
+                procedure,
+                device,
+                PointLimits(timeout_seconds=timeout, end=end),
+                trace=lambda s: out.resolve() / TRACES / f"{names[s]}.json.gz" if s in traced else None,
+            )
+            return run_sweep(
+                planned,
+                store,
+                executor,
+                steps=procedure.steps,
+                on_progress=display.show,
+                goes_on=goes_on,
+            )
+
+
+class _TruthExecutor(FreshProcessExecutor):
+    """A point that cannot be run is a row that says so: nothing is built beforehand, and the first point reads the data."""
+
+    def check(self, setups: Sequence[Setup]) -> None:
+        pass
+
+
+def _server(device: LocalDevice, out: Path) -> ForkServer:
+    """A server whose children can use the GPU; writes what the first one found as ``environment.json``.
+
+    Raises MissingError where CUDA cannot be used at all.
+    """
+    reason = ""
+    for preload in (True, False):
+        server = ForkServer(preload=preload)
+        try:
+            facts: dict[str, object] = server.call(
+                device_facts, device, limits=Limits(timeout_seconds=180), log=out.resolve() / "probe.log"
+            )
+        except (CallEndedError, MissingError) as error:
+            server.close()
+            reason = str(error)
+            if device.kind != "cuda":
+                break
+            print(f"a child of the preloaded process cannot use the GPU: {error}", file=sys.stderr)
+            continue
+        (out / "probe.log").unlink(missing_ok=True)
+        write_whole(out / ENVIRONMENT, (json.dumps(facts | {"preloaded": preload}, indent=1) + "\n").encode())
+        return server
+    raise MissingError(f"device: {device.description} cannot be used: {reason}; see {out / 'probe.log'}")
+
+
+def _report(runs: Sequence[MeasuredRun], planned: int, out: Path) -> None:
+    """What there is now, and how good the formulas' predictions of it are."""
+    from rich.console import Console
+
+    from estimator.estimate import estimate
+    from estimator.validation import validate
+    from reports.validation import print_validation
+
+    counts = {outcome: sum(run.outcome == outcome for run in runs) for outcome in ("ok", "oom", "failed", "timeout")}
+    ends = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    print(f"{len(runs)} of {planned} points measured ({ends or 'none'}), in {out / CSV_TABLE}", file=sys.stderr)
+    for run in runs:
+        if run.outcome in ("failed", "timeout"):
+            print(f"  {run.run} {_text(run.setup)}: {run.outcome}: {run.reason}", file=sys.stderr)
+    if runs:
+        # As a table, so that what is scored is what was kept.
+        print_validation(Console(highlight=False), validate(read_runs(out / CSV_TABLE), estimate))
+
+
+def _print_left_out(left_out: Sequence[LeftOut]) -> None:
+    for row in left_out:
+        print(f"left out: {_text(row.setup)}: {row.reason}", file=sys.stderr)
+
+
+def _text(setup: Setup) -> str:
+    """A point by what differs from the defaults."""
+    defaults = Setup(model=setup.model)
+    named = ("model", "accelerator", "seq", "batch", "sharding", "data_parallel", "zero_grad")
+    further = [
+        f"{name}={value}"
+        for name, value in setup.as_dict().items()
+        if name not in named and value != getattr(defaults, name)
+    ]
+    return f"{setup.model} {setup.batch} x {setup.seq} {' '.join(further)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_truth", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=float, help="stop after this long (default: when all is measured)")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/<accelerator>-<date>; resumes what is there"
+    )
+    parser.add_argument("--points", type=int, help="only the first N of the matrix")
+    parser.add_argument("--timeout", type=float, default=90.0, help="seconds that one point may take (default 90)")
+    parser.add_argument("--warmup-steps", type=int, default=2)
+    parser.add_argument("--timed-steps", type=int, default=5)
+    parser.add_argument(
+        "--checkpoint-limit",
+        default="4GiB",
+        help="larger checkpoints are not written (default 4GiB; they are counted exactly)",
+    )
+    parser.add_argument("--matrix", type=Path, default=MATRIX)
+    parser.add_argument("--cache", type=Path, help="where the tokens are kept")
+    parser.add_argument("--tiny", action="store_true", help="the CPU's form on a GPU too")
+    parser.add_argument("--list", action="store_true", help="print the points and run none")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (InputError, MissingError) as error:
+        sys.exit(f"error: {error}")

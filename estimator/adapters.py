@@ -1,0 +1,101 @@
+"""What adapters, quantized bases and operator-wise checkpointing keep of a layer, in bytes per token: read off peft,
+bitsandbytes and torchtitan. Notation as in activations.py.
+"""
+
+from __future__ import annotations
+
+from estimator.arrays import Number
+from estimator.conventions import conventions
+from estimator.setup import Setup
+from estimator.shape import ModelShape, lora_modules
+from estimator.states import Widths
+
+BITSANDBYTES = ("nf4", "nf4-dq", "int8")
+"""Quantizations whose products are bitsandbytes' own."""
+
+
+def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+    """What LoRA keeps: the input of each adapted matrix, and the low-rank product.
+
+    Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
+    half copy. Without any cast, matrices that read the same tensor share it, and the o projection's is kept anyway.
+    """
+    assert setup.lora_rank is not None
+    modules = lora_modules(shape, setup.lora_targets)
+    convention = conventions(setup)
+    quantized = 0.0
+    if convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
+        # Attention's output is kept anyway; both projections into the feed-forward read one tensor.
+        quantized = size.compute * shape.hidden * shape.norms_per_layer
+    if convention.dropped_inputs:
+        fused = ("q_proj", "k_proj", "v_proj")
+        read = {("qkv" if name in fused else name): width for name, width, _ in modules}
+        rank = size.compute * setup.lora_rank * len(modules)
+        return ((size.compute + 1) * sum(read.values()) + rank + quantized) / setup.tensor_parallel
+    element = size.compute if size.autocast else 4.0
+    copied = size.autocast or size.weight != size.trained
+    if setup.base_quantization in BITSANDBYTES and size.autocast and not size.casts_weights:
+        copied = False  # peft's adapters beside bitsandbytes' matrices leave casting to autocast
+    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+    kept = {inputs.get(name, name): width for name, width, _ in modules if name != "o_proj"}
+    total = element * (sum(width for _, width, _ in modules) if copied else sum(kept.values()))
+    total += element * setup.lora_rank * len(modules)
+    if setup.method == "dora":
+        # What the magnitude scales: the adapter's product and the base's, which loses its bias first (in the bias's type).
+        for name, _, outputs in modules:
+            biased = (
+                size.casts_weights
+                and name[0] in shape.attention_bias
+                and name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+            )
+            total += (element + (size.weight if biased else size.compute)) * outputs
+    return total / setup.tensor_parallel
+
+
+def eight_bit_input_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+    """bitsandbytes' int8 product keeps its input on its context: the norms' outputs, attention's, and the down projection's."""
+    if setup.base_quantization != "int8":
+        return 0.0
+    inputs = size.stream * (shape.norms_per_layer * shape.hidden + shape.plain_ffn) + size.compute * shape.value_width
+    return inputs / setup.tensor_parallel
+
+
+def dora_temporaries(shape: ModelShape, setup: Setup) -> float:
+    """DoRA multiplies an identity matrix through an adapter to know the norm of the adapted matrix: bytes at its worst."""
+    if setup.method != "dora":
+        return 0.0
+    return max(4.0 * inputs * (inputs + 4 * outputs) for _, inputs, outputs in lora_modules(shape, setup.lora_targets))
+
+
+def selective_bytes(shape: ModelShape, setup: Setup, size: Widths) -> tuple[float, float]:
+    """(bytes per token, bytes) of what operator-wise checkpointing saves (torchtitan's, which ``estimator.selective`` runs): attention's output with
+    its log-sum-exp, products with a bias, and of those without every second, from the first on.
+
+    Compiled, a product that backward needs for nothing is not saved: the last one.
+    """
+    h, f, q, kv = shape.hidden, shape.plain_ffn, shape.query_width, shape.kv_width
+    projections = [("q_proj", q), ("k_proj", kv), ("v_proj", kv), ("o_proj", h)]
+    projections += [("gate_proj", f)] * (shape.matrices - 2) + [("up_proj", f), ("down_proj", h)]
+    adapted = {}
+    if setup.method in ("lora", "dora", "qlora"):
+        adapted = {name: inputs for name, inputs, _ in lora_modules(shape, setup.lora_targets)}
+    # bitsandbytes' products are functions of their own, GPTQ's are plain ones with the dequantized matrix.
+    opaque = setup.base_quantization in BITSANDBYTES
+    saved, fixed, plain = 0.0, 0.0, 0
+    for name, width in projections:
+        biased = shape.mlp_bias if name.split("_")[0] in ("gate", "up", "down") else name[0] in shape.attention_bias
+        products = [] if opaque else [(width, biased)]
+        if name in adapted and setup.method == "dora":  # first the norm's products, of no tokens
+            for outputs in (setup.lora_rank or 0, width):
+                plain += 1
+                element = size.compute if size.autocast else size.trained
+                fixed += element * adapted[name] * outputs * ((plain + len(products)) % 2)
+        if name in adapted:
+            products += [(setup.lora_rank or 0, False), (width, False)]
+        for position, (outputs, has_bias) in enumerate(products):
+            plain += 0 if has_bias else 1
+            unused = setup.compile and name == "down_proj"
+            if (has_bias or plain % 2 == 1) and not unused:
+                base = position == 0 and not opaque
+                saved += outputs * (size.compute if base or size.autocast else size.trained)
+    return saved + size.compute * shape.value_width + 4 * shape.heads, fixed

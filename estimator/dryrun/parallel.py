@@ -1,0 +1,91 @@
+"""Which setups of several devices, and of engines that shard even on one, a dry run executes."""
+
+from __future__ import annotations
+
+from estimator.catalog import resolve_model
+from estimator.errors import InputError
+from estimator.setup import Setup
+from estimator.states import trainable_parameters
+
+_FRAMEWORKS = ("hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan")
+"""torchtitan: its step, sharding and compilation of each layer, around transformers' model of the same shape."""
+_BUCKET = 500_000_000
+
+
+def check_parallel(setup: Setup) -> None:
+    """Raises InputError for what the dry run does not execute over several devices (``setup`` resolved)."""
+    if setup.framework not in _FRAMEWORKS:
+        raise InputError(
+            f"framework: a dry run does not execute {setup.framework}; write {', '.join(_FRAMEWORKS)}, or leave out --dry-run"
+        )
+    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel"):
+        if getattr(setup, name) > 1:
+            raise InputError(f"{name}: a dry run executes data parallelism alone; write 1, or leave out --dry-run")
+    sharding = str(setup.sharding)
+    if setup.offload == "optimizer" and not sharding.startswith("zero"):
+        raise InputError(
+            "offload: a dry run offloads the optimizer with DeepSpeed; write --framework hf-trainer+deepspeed"
+        )
+    if sharding == "none" and setup.accelerators > 1:
+        raise InputError(f"sharding: none is of one device, not {setup.accelerators}; write --sharding ddp or fsdp")
+    if sharding == "none":
+        return
+    if sharding.startswith("zero") != (setup.framework == "hf-trainer+deepspeed"):
+        raise InputError(
+            f"sharding: a dry run does not execute {sharding} with {setup.framework}; ZeRO is --framework hf-trainer+deepspeed"
+        )
+    _refuse(setup, {"ddp": _unreplicated, "fsdp": _unsharded}.get(sharding, _unengined)(setup))
+    shards = setup.shard_size or setup.data_ranks
+    if setup.data_ranks % shards:
+        raise InputError(
+            f"shard_size: {shards} does not divide {setup.data_ranks} data-parallel ranks; write --shard-size with a divisor"
+        )
+
+
+def same_in_depth(setup: Setup) -> bool:
+    """Whether what stands between the layers does not depend on how many there are: buckets that hold all gradients."""
+    if not str(setup.sharding).startswith("zero"):
+        return True
+    gathers = setup.sharding == "zero3" and setup.data_ranks > 1
+    return not gathers and trainable_parameters(resolve_model(setup.model), setup) <= _BUCKET
+
+
+def _unreplicated(setup: Setup) -> dict[str, bool]:
+    return {
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "compile": setup.compile,
+        "shard_size": setup.shard_size is not None,
+    }
+
+
+def _unsharded(setup: Setup) -> dict[str, bool]:
+    return {
+        "base_quantization": setup.base_quantization is not None,
+        "offload": setup.offload is not None,
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "optimizer": str(setup.optimizer).endswith(("8bit", "paged")),
+        "loss": setup.loss == "compiled",
+        "autocast": setup.autocast is not None and setup.precision.endswith("-mixed"),
+    }
+
+
+def _unengined(setup: Setup) -> dict[str, bool]:
+    return {
+        "precision": not setup.precision.endswith("-mixed"),
+        "base_quantization": setup.base_quantization is not None,
+        "offload": setup.offload not in (None, "optimizer"),
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "optimizer": setup.optimizer not in ("adamw", "adamw-fused"),
+        "loss": setup.loss != "standard",
+        "compile": setup.compile,
+        "autocast": setup.autocast is not None,
+        "shard_size": setup.shard_size is not None,
+    }
+
+
+def _refuse(setup: Setup, wrong: dict[str, bool]) -> None:
+    for name, applies in wrong.items():
+        if applies:
+            raise InputError(
+                f"{name}: a dry run does not execute {getattr(setup, name)} under {setup.sharding}; change it, or leave out --dry-run"
+            )

@@ -1,0 +1,59 @@
+"""Everything that the dry run takes from torch's private interface to distributed training. Checked with torch 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from estimator.dryrun.private_api import replaced
+
+
+@contextlib.contextmanager
+def fake_process_group(world: int) -> Iterator[None]:
+    """The first rank of ``world``; collectives return at once."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def cpu_mesh(replicas: int, shards: int) -> Any:
+    """Of one dimension, or (replicas, shards)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return init_device_mesh("cpu", (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+class _FirstChunk:
+    """``torch.chunk``'s result, of which only the first, this rank's, is made: set-up does not grow with the world."""
+
+    def __init__(self, tensor: torch.Tensor, chunks: int, dim: int) -> None:
+        self._chunk = tensor.narrow(dim, 0, -(-tensor.size(dim) // chunks))
+
+    def __getitem__(self, rank: int) -> torch.Tensor:
+        assert rank == 0
+        return self._chunk
+
+
+@contextlib.contextmanager
+def lazy_chunks() -> Iterator[None]:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    with replaced(_fsdp_param, "_chunk_with_empty", lambda tensor, count, dim: _FirstChunk(tensor, count, dim)):
+        yield
+
+
+def stream_number(numbers: dict[int, int]) -> int:
+    """Of the stream that is current: 0 is the default one, others are numbered as they come."""
+    current = id(torch.cpu.current_stream())
+    return numbers.setdefault(current, len(numbers))

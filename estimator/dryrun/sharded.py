@@ -1,0 +1,146 @@
+"""FSDP2 over a process group that moves nothing: torch's own ``fully_shard`` on one rank of any world. Loads torch on import.
+
+The CPU's streams, which torch keeps only as names, stand for the device's: the allocator keeps a pool for each. A block is
+free again when the last reference to it goes, as on a GPU: FSDP2 orders its streams by events and never records a tensor on
+a second one. Source: ``torch/distributed/fsdp/_fully_shard``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from estimator.build import decoder_layers
+from estimator.dryrun import private_fsdp
+from estimator.dryrun.private_api import replaced
+from estimator.dryrun.tracker import Tracker
+from estimator.setup import Setup
+
+
+@contextlib.contextmanager
+def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
+    """``model``, on the meta device, is one rank's (the fullest: the first) as long as this lasts.
+
+    Embedding, every decoder layer, and final norm with head are each gathered by themselves, as torchtitan and accelerate have
+    it; the last stays gathered between forward and backward. With tied embeddings both tables are in the last.
+    """
+    shards = setup.shard_size or setup.data_ranks
+    # Whether there are more ranks than share the shards decides if gradients are reduced twice; how many changes nothing.
+    replicas = 2 if setup.data_ranks > shards else 1
+    with private_fsdp.fake_process_group(shards * replicas), private_fsdp.lazy_chunks():
+        shard(model, setup, private_fsdp.cpu_mesh(replicas, shards))
+        yield
+
+
+def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
+    """``fully_shard`` of every unit and of the rest, over a mesh of (shards) or (replicas, shards)."""
+    from torch.distributed.fsdp import fully_shard
+
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(setup)}
+    for modules, reshards in _units(model):
+        fully_shard(modules, reshard_after_forward=setup.reshard_after_forward and reshards, **options)
+    fully_shard(model, **options)
+
+
+def _policy(setup: Setup) -> Any:
+    """torchtitan reduces in fp32, accelerate in the compute type."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    half = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}.get(setup.precision)
+    if half is None:
+        return MixedPrecisionPolicy()
+    if setup.framework == "hf-trainer":
+        return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+
+
+def _units(model: Any) -> list[tuple[Any, bool]]:
+    """What is gathered together, and whether it is freed after the forward pass."""
+    layers = decoder_layers(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    norms = _after(model, layers)
+    tied = head is not None and embedding.weight is head.weight
+    tail = [*norms, *([embedding] if tied else []), *([head] if head is not None else [])]
+    units: list[tuple[Any, bool]] = [(layer, True) for layer in layers]
+    if not tied:
+        units.append((embedding, True))
+    units.append((tail, False))
+    return units
+
+
+def _after(model: torch.nn.Module, layers: torch.nn.Module) -> list[torch.nn.Module]:
+    """The final norm: what stands behind the layers in the module that owns them, and has parameters."""
+    for module in model.modules():
+        children: Sequence[torch.nn.Module] = list(module.children())
+        if any(child is layers for child in children):
+            behind = children[[child is layers for child in children].index(True) + 1 :]
+            return [child for child in behind if next(child.parameters(recurse=False), None) is not None]
+    raise AssertionError("the layers are a module of the model")
+
+
+@contextlib.contextmanager
+def watched(tracker: Tracker) -> Iterator[None]:
+    """FSDP's own allocations, of what for and in which stream, are seen by ``tracker``."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    def allocate(tensor: torch.Tensor) -> None:
+        before = tensor.untyped_storage().nbytes()
+        plain_allocate(tensor)
+        if not before:
+            tracker.allocated(tensor)
+
+    def free(tensor: torch.Tensor) -> None:
+        tracker.freed(tensor)
+        plain_free(tensor)
+
+    plain_allocate, plain_free = _fsdp_param.alloc_storage, _fsdp_param.free_storage
+    groups: Any = _fsdp_param_group.FSDPParamGroup
+    numbers = {id(torch.cpu.current_stream()): 0}
+    tracker.wrappers = (DTensor,)
+    tracker.stream_number = lambda: private_fsdp.stream_number(numbers)
+    tracker.collectives = _gloo()
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in (
+            (_fsdp_param, "alloc_storage", allocate),
+            (_fsdp_param, "free_storage", free),
+            (_fsdp_param_group, "alloc_storage", allocate),
+        ):
+            stack.enter_context(replaced(owner, name, function))
+        for name in ("unshard", "wait_for_unshard", "post_backward"):
+            stack.enter_context(replaced(groups, name, _communicating(tracker, getattr(groups, name))))
+        # What DTensor runs at the global shape to learn the result's: no memory of this rank's.
+        propagate = "_propagate_tensor_meta_non_cached"
+        stack.enter_context(
+            replaced(ShardingPropagator, propagate, _unseen(tracker, getattr(ShardingPropagator, propagate)))
+        )
+        yield
+
+
+def _gloo() -> dict[Any, Any]:
+    """What gloo takes for itself (ProcessGroupGloo.cpp): a copy of what it reduces, and of what it gathers."""
+    operators = torch.ops.c10d
+    return {
+        operators._reduce_scatter_base_.default: lambda args: (args[1].untyped_storage().nbytes(),),
+        operators._allgather_base_.default: lambda args: (args[0].untyped_storage().nbytes(),),
+    }
+
+
+def _communicating(tracker: Tracker, method: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with tracker.purpose("communication"):
+            return method(*args, **kwargs)
+
+    return called
+
+
+def _unseen(tracker: Tracker, method: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with tracker.blind():
+            return method(*args, **kwargs)
+
+    return called
