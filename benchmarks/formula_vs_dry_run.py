@@ -1,6 +1,7 @@
-"""The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED]]``.
+"""The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED [fsdp]]]``.
 
-Prints the percentiles of |formula / dry run - 1| of the allocated peak on one device, by method and in all, and the worst setups.
+Prints the percentiles of |formula / dry run - 1| of the allocated peak, by method and in all, and the worst setups: on one
+device, or (``fsdp``) sharded over 2 to 64.
 """
 
 from __future__ import annotations
@@ -93,6 +94,29 @@ def draw(seed: int) -> Iterator[Setup]:
         yield setup
 
 
+def draw_sharded(seed: int) -> Iterator[Setup]:
+    """Random setups under FSDP, without end; the same for the same seed."""
+    chance = random.Random(seed)
+    while True:
+        method = chance.choice(("full", "full", "full", "lora"))
+        yield Setup(
+            model=chance.choice(("llama-3.2-1b", "llama-3.2-3b", "qwen3-4b", "mistral-7b", "llama-3.1-8b")),
+            framework=chance.choice(("hf-trainer", "hf-trainer", "torch-loop", "torchtitan")),
+            accelerator="H100-SXM-80GB",
+            accelerators=chance.choice((2, 4, 8, 8, 32, 64)),
+            sharding="fsdp",
+            reshard_after_forward=chance.random() < 0.9,
+            method=method,
+            precision=chance.choice(("bf16-mixed", "bf16-mixed", "bf16", "fp32")),
+            optimizer="adamw-fused",  # torchtitan's own; its dry run takes `adamw` for foreach
+            checkpointing=chance.choice(("none", "full", "full")),
+            loss=chance.choice(("standard", "standard", "chunked", "fused-kernel", "fused-linear")),
+            seq=chance.choice((512, 1024, 2048, 4096)),
+            batch=chance.choice((1, 1, 2)),
+            accumulation=chance.choice((1, 1, 2)),
+        )
+
+
 def compare(setup: Setup) -> Gap | None:
     """Both peaks; ``None`` for what the dry run does not execute."""
     try:
@@ -129,9 +153,9 @@ def report(gaps: list[Gap]) -> Iterator[str]:
         yield f"{100 * gap.relative:+6.2f}% {gap.dry_bytes / 2**30:6.2f} GiB {phases}: {stated(gap.setup)}"
 
 
-def main(count: int, seed: int) -> None:
+def main(count: int, seed: int, *, sharded: bool) -> None:
     gaps: list[Gap] = []
-    for setup in draw(seed):
+    for setup in (draw_sharded if sharded else draw)(seed):
         gap = compare(setup)
         if gap is not None:
             gaps.append(gap)
@@ -142,4 +166,5 @@ def main(count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in (sys.argv[1:] + ["200", "1"][len(sys.argv) - 1 :])[:2]))
+    numbers = [int(word) for word in sys.argv[1:3]]
+    main(*[*numbers, *(200, 1)[len(numbers) :]], sharded="fsdp" in sys.argv[3:])

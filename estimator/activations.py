@@ -123,6 +123,8 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
         # softmax's two gradients are fp32, when the cast is gone.
         scores = heads * (4 + (c if c != 4 else 0))
         transient_scores = heads * (8 - (c if c != 4 else 0))
+        if shape.family == "bert":  # its configs drop 10% out: of the softmax too, which keeps result and mask
+            scores += heads * (c + 1)
         if shape.kv_heads != shape.heads:
             attention += c * 2 * (q - kv)
         attention -= 0.0 if _reads_attention(shape, setup) else c * v
@@ -138,6 +140,8 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
             scores = c
 
     selective, fixed = selective_bytes(shape, setup, size)
+    if shape.family == "bert":
+        attention += 2 * h / tensor  # the masks of its two other dropouts
     mlp, mlp_transient = _feed_forward(shape, setup, size, moe=moe)
     kept = norms + attention + mlp
     if not trains:
@@ -233,7 +237,7 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
         held = held + where(setup.tensor_parallel > 1, 4.0, 0.0)
     forward, backward = _loss_chain(setup, c=c, copy=copy, held=held)
     linear = setup.loss in ("fused-linear", "cut-cross-entropy")
-    head_gradients = shape.vocab * shape.hidden * size.weight if linear and setup.method == "full" else 0.0
+    head_gradients = shape.vocab * shape.hidden * size.stream if linear and setup.method == "full" else 0.0
     return LogitBytes(
         forward=forward * vocab,
         backward=backward * vocab,

@@ -20,6 +20,8 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
     half copy. Without any cast, matrices that read the same tensor share it, and the o projection's is kept anyway.
     """
+    if setup.method.startswith("adapter"):
+        return _prompt_adapter_bytes(shape, setup, size)
     assert setup.lora_rank is not None
     modules = lora_modules(shape, setup.lora_targets)
     convention = conventions(setup)
@@ -32,7 +34,8 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
         read = {("qkv" if name in fused else name): width for name, width, _ in modules}
         rank = size.compute * setup.lora_rank * len(modules)
         return ((size.compute + 1) * sum(read.values()) + rank + quantized) / setup.tensor_parallel
-    element = size.compute if size.autocast else 4.0
+    # FSDP's mixed precision gathers the adapters in half as well.
+    element = size.compute if size.autocast or size.stream != size.weight else size.trained
     copied = size.autocast or size.weight != size.trained
     if setup.base_quantization in BITSANDBYTES and size.autocast and not size.casts_weights:
         copied = False  # peft's adapters beside bitsandbytes' matrices leave casting to autocast
@@ -50,6 +53,19 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
             )
             total += (element + (size.weight if biased else size.compute)) * outputs
     return total / setup.tensor_parallel
+
+
+def _prompt_adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+    """LLaMA-Adapter adds nothing that grows with the tokens; its second version keeps what it scales: every product with its
+    bias, and the norms' tensors before their weights."""
+    h = shape.hidden
+    kept = 0.0
+    if setup.method == "adapter_v2":
+        outputs = shape.query_width + 2 * shape.kv_width + 2 * h + (shape.matrices - 1) * shape.plain_ffn
+        kept = size.compute * (outputs + shape.norms_per_layer * h)
+    if str(setup.base_quantization).startswith("nf4"):
+        kept += size.compute * h * shape.norms_per_layer
+    return kept / setup.tensor_parallel
 
 
 def eight_bit_input_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:

@@ -52,8 +52,8 @@ def model_config(setup: Setup) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 setup.model, trust_remote_code=False, attn_implementation=attention
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"model: transformers cannot load {setup.model!r}: {_first_line(error)}") from None
+        except Exception as error:
+            raise _refusal(setup, error) from None
         return config
     shape = resolve_model(setup.model)
     name = transformers_class(shape.family)
@@ -186,8 +186,7 @@ def build_model(setup: Setup, *, seed: int = 0, drawn: bool = True) -> torch.nn.
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        kind = MissingError if isinstance(error, ImportError) else InputError
-        raise kind(f"model: cannot load {setup.model!r}: {_first_line(error)}") from None
+        raise _refusal(setup, error) from None
     model.config.use_cache = False
     if setup.checkpointing != "none":
         enable_checkpointing(model, setup)
@@ -218,9 +217,8 @@ def build_empty_model(setup: Setup, *, layers: int | None = None) -> torch.nn.Mo
     try:
         with no_init_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=weight_dtype(setup), trust_remote_code=False)
-    except (OSError, ImportError, ValueError) as error:
-        kind = MissingError if isinstance(error, ImportError) else InputError
-        raise kind(f"model: cannot build {setup.model!r}: {_first_line(error)}") from None
+    except Exception as error:
+        raise _refusal(setup, error) from None
     model.tie_weights()  # which is a part of initialising
     model.config.use_cache = False
     if setup.checkpointing != "none":
@@ -248,10 +246,11 @@ def enable_checkpointing(model: Any, setup: Setup) -> None:
 
 def cut_depth(config: Any, layers: int) -> None:
     """Makes ``config`` (transformers') that of the same model with its first ``layers`` decoder layers."""
+    config = config.get_text_config()  # of a model that sees as well
     config.num_hidden_layers = layers
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, name, None)
-        if kinds is not None:
+        if kinds is not None and not isinstance(getattr(type(config), name, None), property):
             setattr(config, name, list(kinds)[:layers])
 
 
@@ -273,6 +272,7 @@ def check_buildable(setup: Setup) -> None:
     check_step(setup)
     unbuilt = {
         "sharding": setup.sharding not in (None, "none"),
+        "method": setup.method.startswith("adapter"),
         "varying_lengths": setup.varying_lengths,
         "offload": setup.offload is not None,
         "optimizer_in_backward": setup.optimizer_in_backward,
@@ -361,6 +361,31 @@ def decoder_layers(model: torch.nn.Module) -> Any:
 
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+
+
+def _refusal(setup: Setup, error: Exception) -> InputError | MissingError:
+    """What transformers raised at a config, which holds what somebody wrote: of any type, in one line."""
+    if isinstance(error, ImportError):
+        return MissingError(f"model: cannot load {setup.model!r}: {_first_line(error)}")
+    text = str(error)
+    if "trust_remote_code" in text:
+        return InputError(
+            f"model: {setup.model!r} needs code of its own, which is never executed; choose a model that transformers has a class for"
+        )
+    if "attention implementation" in text or "Flex Attention" in text:
+        return InputError(
+            f"attention: transformers has no such attention for the class of {setup.model!r}; write --attention eager"
+        )
+    if "Unrecognized configuration class" in text:
+        return InputError(
+            f"model: {setup.model!r} is no causal language model that transformers can build; give its text model's config.json"
+        )
+    if "does not recognize this architecture" in text or "Should have a `model_type`" in text:
+        return InputError(
+            f"model: transformers knows no model_type of the config of {setup.model!r}; correct it, or choose another model"
+        )
+    reason = " ".join(text.split("\nException raised from", 1)[0].split()) or type(error).__name__
+    return InputError(f"model: transformers cannot build {setup.model!r}: {reason[:200]}; correct its config.json")
 
 
 def _first_line(error: BaseException) -> str:

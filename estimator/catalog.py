@@ -130,12 +130,59 @@ _KEYS = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "vocab": ("vocab_size", "padded_vocab_size"),
 }
+_ALIASES = {
+    "num_attention_heads": _KEYS["heads"],
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "multi_query"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim"),
+}
+_RECURRENT = (
+    "mamba_d_state", "mamba_num_heads", "mamba_n_heads", "ssm_state_size", "state_size", "linear_num_value_heads", "attn_layer_period", "lru_width",
+)  # fmt: skip
+"""Keys of configs whose layers carry a state along the sequence."""
+_MOST_LAYERS, _MOST_PARAMETERS = 10_000, 10**14
 _FAMILY_OF_TYPE = {"code_llama": "llama", "mixtral": "mixtral", "qwen2_moe": "qwen3_moe", "deepseek_v2": "deepseek_v3"}
 
 
+@functools.cache
+def _defaults() -> dict[str, dict[str, int]]:
+    """What transformers takes for the keys that a config leaves out, by model type."""
+    rows = read_data("config_defaults.csv")
+    return {
+        row["model_type"]: {key: int(value) for key, value in (item.split("=") for item in row["defaults"].split())}
+        for row in rows
+    }
+
+
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's keys, with the defaults of its type for those that stand there under no name."""
+    text = config.get("text_config")
+    given = {**config, **text} if isinstance(text, dict) else dict(config)
+    for key, value in _defaults().get(str(given.get("model_type", "")), {}).items():
+        if not any(alias in given for alias in _ALIASES.get(key, (key,))):
+            given[key] = bool(value) if key == "tie_word_embeddings" else value
+    return given
+
+
+def _check_decoder(config: Mapping[str, Any], name: str) -> None:
+    kind = str(config.get("model_type", "it"))
+    found = (
+        "a recurrent state"
+        if any(config.get(key) for key in _RECURRENT) or kind.startswith(("mamba", "rwkv"))
+        else None
+    )
+    if config.get("is_encoder_decoder") is True or (config.get("encoder_layers") and config.get("decoder_layers")):
+        found = "an encoder beside its decoder"
+    if found:
+        raise InputError(
+            f"model {name}: {kind} has {found}; only decoder-only transformers are predicted, see `vramcalc models`"
+        )
+
+
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape that a transformers ``config.json`` describes. Raises InputError naming the missing key."""
-    config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
+    """The shape that a transformers ``config.json`` describes. Raises InputError naming the missing key, for what is no
+    decoder-only transformer, and for more than 10,000 layers or 10^14 parameters."""
+    config = _completed(config)
+    _check_decoder(config, name)
 
     def first(dimension: str) -> int:
         for key in _KEYS[dimension]:
@@ -182,19 +229,21 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         "mpt",
         "nemotron",
         "bert",
+        "starcoder2",
     )
     ffn = whole("intermediate_size", whole("n_inner", whole("ffn_hidden_size", whole("ffn_dim", 4 * hidden))))
     if experts and config.get("moe_intermediate_size") is not None:
         extra["dense_ffn"] = ffn
         extra["dense_layers"] = whole("first_k_dense_replace", 0)
         extra["moe_every"] = whole("decoder_sparse_step", 1)
-        extra["shared_experts"] = whole("n_shared_experts", 0)
         ffn = whole("moe_intermediate_size", ffn)
+        shared = whole("shared_expert_intermediate_size", 0)  # one, as wide as several
+        extra["shared_experts"] = whole("n_shared_experts", round(shared / max(ffn, 1)))
     head_dim = whole("head_dim", hidden // heads)
     if extra["kv_lora_rank"]:
         head_dim = extra["qk_nope_head_dim"] + extra["qk_rope_head_dim"]
     tied_default = family in ("gpt2", "gpt", "gpt_bigcode", "opt", "bloom", "falcon", "gemma", "gemma2", "mpt", "bert")
-    return _with_family(
+    shape = _with_family(
         family,
         name=name,
         layers=first("layers"),
@@ -211,6 +260,12 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         positions=positions,
         **extra,
     )
+    if shape.layers > _MOST_LAYERS or count_parameters(shape).total > _MOST_PARAMETERS:
+        raise InputError(
+            f"model {name}: {shape.layers:.4g} layers of width {shape.hidden:.4g} are beyond {_MOST_LAYERS:,} layers or 1e14 "
+            "parameters; correct its config"
+        )
+    return shape
 
 
 def _whole(key: str, value: Any) -> int:
@@ -226,7 +281,7 @@ def shape_from_config_file(path: Path) -> ModelShape:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"model: cannot read {file}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of too many digits, or brackets
         raise InputError(f"model: {file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"model: {file} does not hold a JSON object")

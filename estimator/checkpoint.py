@@ -87,8 +87,9 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> tuple[int, int]:
     size = widths(setup)
     trained = trainable_parameters(shape, setup)
     tensors = weight_tensors(shape)
-    if setup.method in ("lora", "dora", "qlora"):
-        adapted = 2 * len(lora_modules(shape, setup.lora_targets)) * shape.layers
+    if setup.method not in ("full", "freeze"):
+        modules = 1 if setup.method.startswith("adapter") else len(lora_modules(shape, setup.lora_targets))
+        adapted = 2 * modules * shape.layers
         model = trained * size.trained + adapted * _ADAPTER_HEADER_BYTES
         trained_tensors = adapted
     else:

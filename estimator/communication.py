@@ -1,6 +1,6 @@
 """Buffers of communication on a device: gathered parameters, gradients on their way, and the pools that keep them.
 
-Read off torch's FSDP2 and reducer; DeepSpeed's defaults.
+Read off torch's FSDP2 and reducer; DeepSpeed's are in ``estimator.zero``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from estimator.conventions import conventions
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.states import QUANTIZED_BYTES, Placement, States, Widths, accumulates_in_fp32
+from estimator.zero import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,11 @@ class Buffers:
     """Of this pipeline stage."""
 
     @property
+    def engine(self) -> Engine:
+        """DeepSpeed's, where ZeRO shards."""
+        return Engine(shape=self.shape, setup=self.setup, place=self.place, states=self.states)
+
+    @property
     def _layer_width(self) -> float:
         """Bytes of a layer's parameter as it is gathered: quantized ones stay packed."""
         return QUANTIZED_BYTES.get(self.setup.base_quantization or "", self.size.compute)
@@ -38,27 +44,107 @@ class Buffers:
             return 0.0  # Megatron reduces in the gradients' own buffer
         if kind == "ddp":  # torch's reducer: buckets beside the gradients
             return where(ranks > 1, self.states.trainable * self.size.trained, 0.0)
-        if str(kind).startswith("zero") and phase != "optimizer":
-            return self._deepspeed_buffers("forward" if phase == "forward" else "backward")
+        if str(kind).startswith("zero"):
+            return self.engine.buffers(phase)
         if kind == "fsdp" and phase != "optimizer":
             return where(self.place.gathers, self._gathered(phase), 0.0)
         return 0.0
 
+    @property
+    def _layer(self) -> Number:
+        """Parameters of a layer, which is gathered by itself."""
+        return minimum(self.states.largest_layer, self.states.total)
+
+    @property
+    def reduce_width(self) -> float:
+        """Bytes in which a gradient is reduced: accelerate takes the compute type, others fp32 where it is mixed."""
+        mixed = self.setup.precision.endswith("-mixed")
+        return self.size.compute if mixed and self.setup.framework == "hf-trainer" else self.states.gradient_width
+
     def _gathered(self, phase: str) -> Number:
-        """FSDP's buffers at the moments that can be the highest; its units are the tables, each layer, and the head."""
-        width, head = self.size.compute, self.states.embedding
-        whole = phase == "forward" and conventions(self.setup).loads_unsharded
-        if whole or not self.setup.reshard_after_forward:
+        """FSDP's buffers at the moments that can be the highest; its units are the tables, each layer, and the head.
+
+        A tied table is one unit with the head: gathered first, and never again.
+        """
+        width, head, layer, tied = self.size.compute, self.states.embedding, self._layer, self.shape.tied_embeddings
+        adapters = self.setup.method in ("lora", "dora", "qlora")
+        if phase == "forward" and conventions(self.setup).loads_unsharded:
             return width * self.states.total
-        if phase == "forward":  # the head, and what its all-gather put out
-            return 2 * width * head
+        if not self.setup.reshard_after_forward:  # and the head's all-gather put out as much
+            return width * (self.states.total + (head if phase == "forward" and not tied else 0.0))
+        if phase == "forward":  # the head, and what the last all-gather put out
+            return width * (head + (layer if tied else head))
         if phase == "loss":
             return width * head
-        # The layer itself and the one that is fetched ahead; trained, its gradients, and the unit's that is being reduced.
-        layer = minimum(self.states.largest_layer, self.states.total)
-        if self.setup.method in ("lora", "dora", "qlora"):
-            return self._layer_width * 2 * layer + self.states.gradient_width * self.states.trainable / self.layers
-        return (3 * width + 2 * self.states.gradient_width) * layer
+        stays = width * head if tied else 0.0
+        if adapters:
+            return (
+                stays + self._layer_width * 2 * layer + self.states.gradient_width * self.states.trainable / self.layers
+            )
+        # The layer itself, the one that is fetched ahead, and the unit's gradients that are being reduced.
+        reduced = maximum(layer, head) if phase == "head" and not tied else layer
+        return stays + 2 * width * layer + self.reduce_width * reduced
+
+    def gathering(self) -> Number:
+        """The most that a forward pass gathers: a table in its all-gather's output and copied out of it, beside the last layer's
+        output; the first two layers' where the table is tied, which is gathered first."""
+        if (
+            self.setup.sharding != "fsdp"
+            or conventions(self.setup).loads_unsharded
+            or not self.setup.reshard_after_forward
+        ):
+            return 0.0
+        layers = (2 if self.shape.tied_embeddings else 1) * self._layer
+        return where(self.place.gathers, self.size.compute * (2 * self.states.embedding + layers), 0.0)
+
+    def reducing_head(self) -> Number:
+        """As the head's gradients are reduced: its gradient (three of them and the head itself while a chunked loss adds its
+        pieces up), the reduction's input, and the next layer that is fetched."""
+        if self.setup.sharding != "fsdp" or self.setup.method != "full":
+            return 0.0
+        head, width = self.states.embedding, self.size.compute
+        reduced: Number = 0.0
+        if not self.shape.tied_embeddings:
+            reduced = width * (head + self._layer) + self.reduce_width * head * (1 + 1 / self.place.gradients)
+        if self.setup.loss == "chunked":
+            reduced = maximum(reduced, 4 * width * head)
+        return where(self.place.gathers, reduced, 0.0)
+
+    def reducing_table(self) -> Number:
+        """The same of the embedding, last of all, less its reduced gradient, which is not there yet. A tied one stands beside its
+        two gradients, and their sum where they aren't added in place."""
+        if self.setup.sharding != "fsdp" or self.setup.method != "full":
+            return 0.0
+        table, width = self.states.embedding, self.size.compute
+        previous = self.reduce_width * self._layer
+        if self.shape.tied_embeddings:
+            in_place = self.setup.loss in ("chunked", "fused-linear", "cut-cross-entropy")
+            reduced = (3 if in_place else 4) * width * table + previous
+        else:
+            reduced = maximum(2 * width * table + previous, (width + self.reduce_width) * table)
+        missing = self.states.gradient_width * table / self.place.gradients
+        return where(self.place.gathers, maximum(reduced - missing, 0.0), 0.0)
+
+    def unsharded_gradients(self) -> Number:
+        """accelerate reduces nothing before the last micro-batch: until then the whole model's gradients are on every rank."""
+        if self.setup.sharding != "fsdp" or self.setup.framework != "hf-trainer":
+            return 0.0
+        whole = self.reduce_width * self.states.trainable
+        return where(self.place.gathers, where(self.setup.accumulation > 1, whole, 0.0), 0.0)
+
+    def adding_table(self) -> Number:
+        """Beside gradients that are not reduced: the table, and a tied one's two further gradients."""
+        table = self.size.compute * self.states.embedding * (3 if self.shape.tied_embeddings else 1)
+        return where(self.unsharded_gradients() > 0, table, 0.0)
+
+    def output(self) -> Number:
+        """What the forward pass's last all-gather put out."""
+        last = self._layer if self.shape.tied_embeddings else self.states.embedding
+        return where(self.place.gathers, self.size.compute * last, 0.0)
+
+    def outputs(self) -> Number:
+        """The pool of the all-gathers' stream: a table and the layer beside it."""
+        return where(self.place.gathers, self.size.compute * (self.states.embedding + self._layer), 0.0)
 
     def pools(self) -> Number:
         """What communication keeps in the allocator's pools of its own streams."""
@@ -73,13 +159,3 @@ class Buffers:
             pools = self.size.compute * self.states.total
         reduced = self.states.trainable / self.layers if adapters else layer
         return where(self.place.gathers, pools + self.states.gradient_width * reduced, 0.0)
-
-    def _deepspeed_buffers(self, phase: str) -> Number:
-        """ZeRO-3 keeps up to stage3_max_live_parameters gathered, and its largest table; ZeRO-1 and 2 reduce through
-        buckets of 5e8 elements (DeepSpeed's defaults; checked on published peaks of one card)."""
-        table = self.states.embedding * self.size.compute
-        if self.setup.sharding == "zero3":
-            return self.size.compute * minimum(self.states.total, 1e9) + table
-        if phase == "forward":
-            return 0.0
-        return self.size.compute * minimum(self.states.trainable, 5e8) + 2 * table

@@ -34,6 +34,8 @@ class Conventions:
     """Tensor-parallel logits stay split, through a loss written in plain operators."""
     holds_logits: bool = False
     """The caller keeps the half logits while the loss is computed and differentiated."""
+    drops_logits: bool = False
+    """The caller drops the half logits between loss and backward."""
     written_out_gelu: bool = True
     """The tanh form of GELU is made of single operators (where the model's family has it)."""
     fused_layers: bool = False
@@ -59,9 +61,9 @@ _BY_FRAMEWORK = {
         separate_losses=True, written_out_gelu=False,
     ),
     "torchtune": Conventions(fp32_adapters=False),
-    # torchtitan/train.py keeps `pred` until the loss is there; components/optimizer.py; DTensor's loss_parallel.
+    # torchtitan/train.py drops `pred` before backward; components/optimizer.py; DTensor's loss_parallel.
     "torchtitan": Conventions(  # run_train.sh sets the allocator
-        holds_logits=True, fused_optimizer=True, parallel_loss=True, expandable_segments=True
+        drops_logits=True, fused_optimizer=True, parallel_loss=True, expandable_segments=True
     ),
     # llmfoundry/models/mpt: flash-attn's cross entropy; torch's own GELU.
     "llm-foundry": Conventions(upcasts_logits=False, written_out_gelu=False),

@@ -97,12 +97,12 @@ class RunRequest:
 
 
 def run_clock_of(
-    shape: ModelShape, setup: Setup, request: RunRequest, time: TimeEstimate, checkpoint: CheckpointEstimate
+    shape: ModelShape, setup: Setup, request: RunRequest, step_seconds: Interval, checkpoint: CheckpointEstimate
 ) -> RunClock:
     """The pace at which ``setup`` (resolved) goes through any number of steps."""
     return run_clock(
         setup,
-        step_seconds=time.step_seconds,
+        step_seconds=step_seconds,
         parameters=count_parameters(shape).total,
         checkpoint=checkpoint,
         cadence=Cadence(
@@ -125,7 +125,7 @@ def run_estimate(
     if tokens is None or time is None:
         return None
     steps = math.ceil(tokens / setup.tokens_per_step)
-    taken = run_clock_of(shape, setup, request, time, checkpoint).run(steps)
+    taken = run_clock_of(shape, setup, request, time.step_seconds, checkpoint).run(steps)
     hours = taken.seconds.scaled(1 / 3600)
     gpu_hours = hours.scaled(setup.accelerators)
     power = _power(setup.accelerator)
@@ -172,7 +172,7 @@ def budgeted(
     return budget_estimate(
         request.budget_usd,
         setup=setup,
-        clock=run_clock_of(shape, setup, request, time, checkpoint),
+        clock=run_clock_of(shape, setup, request, time.step_seconds, checkpoint),
         time=time,
         price=price,
         parameters=active_parameters(shape),

@@ -298,19 +298,29 @@ def _host_memory_bytes() -> int:
 def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEstimate, ...]:
     """Every accelerator whose memory is known, smallest first, by the formula."""
     found = []
-    by_workspace: dict[bool, Interval] = {}
-    """Allocated peaks: accelerators differ only in their libraries' workspaces."""
+    by_workspace: dict[bool, tuple[Interval, Interval]] = {}
+    """What the allocator reserves with all the room, and with none: accelerators differ only in their libraries' workspaces."""
     for accelerator in accelerators().values():
         if accelerator.usable_bytes is None:
             continue
         there = dataclasses.replace(setup, accelerator=accelerator.name)
         large = accelerator.large_workspace
         if large not in by_workspace:
-            by_workspace[large] = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
-        room = allocator_room_bytes(there, reserve_bytes, None)
-        reserved = reserved_interval(shape, there, by_workspace[large], room)
+            allocated = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
+            free, full = (reserved_interval(shape, there, allocated, room) for room in (None, 0))
+            by_workspace[large] = free, full
+        reserved = _in_room(*by_workspace[large], allocator_room_bytes(there, reserve_bytes, None))
         found.append(_fits(accelerator.name, device_interval(there, reserved), reserve_bytes, None))
     return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
+
+
+def _in_room(free: Interval, full: Interval, room_bytes: int | None) -> Interval:
+    """``reserved_interval`` in a room, from what it is where there is all the room and where there is none."""
+
+    def held(most: float, least: float) -> float:
+        return most if room_bytes is None or most <= room_bytes else max(least, room_bytes)
+
+    return Interval(value=held(free.value, full.value), low=held(free.low, full.low), high=held(free.high, full.high))
 
 
 # --- time and checkpoint ----------------------------------------------------------------------------------------------

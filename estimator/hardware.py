@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from estimator.catalog import read_data
 from estimator.errors import InputError
-from estimator.units import GB, GIB, Interval
+from estimator.units import GB, GIB, MIB, Interval
 
 CPU = "cpu"
 
@@ -139,8 +139,11 @@ def workspace_bytes(name: str | None) -> int:
 def context_bytes(name: str | None) -> Interval:
     """What the driver's context and the loaded libraries take of one device, beyond the allocator's segments.
 
-    An A6000 with CUDA 13 takes 744,685,568 B (A+ rows); other generations are known only roughly.
+    An A6000 with CUDA 13 takes 744,685,568 B (A+ rows), a V100 of 2022 1,343 MiB (transformers' documentation on one GPU);
+    other generations are known only roughly.
     """
     if is_cpu(name):
         return Interval(value=425e6, low=250e6, high=700e6)  # interpreter and libraries, resident
+    if name is not None and find_accelerator(name).architecture == "Volta":
+        return Interval(value=1343 * MIB, low=400e6, high=1.6e9)
     return Interval(value=745e6, low=400e6, high=1.3e9)

@@ -18,6 +18,7 @@ from estimator.result import Part
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.states import (
+    ADAPTER_START,
     Placement,
     States,
     Widths,
@@ -34,8 +35,8 @@ PART_NAMES = (
 )  # fmt: skip
 
 # The allocator's segments over the highest activations with logits, as shares of these: what fragments keep (also among
-# gathered parameters), and what expandable segments grow to (also beside DeepSpeed's streams).
-_FRAGMENTED, _FRAGMENTED_GATHERED, _GROWN, _GROWN_DEEPSPEED = 0.11, 0.18, 1.05, 1.2
+# gathered parameters), and what expandable segments grow to.
+_FRAGMENTED, _FRAGMENTED_GATHERED, _GROWN = 0.11, 0.18, 1.05
 # Where lengths vary, what earlier and shorter batches' logits left in segments too short for later ones.
 _EARLIER_LOGITS = 1.5
 
@@ -130,10 +131,11 @@ class _Ledger:
     def of(cls, shape: ModelShape, setup: Setup) -> _Ledger:
         shape = as_built(shape, setup)
         kept = states(shape, setup)
-        # DeepSpeed's flat gradient buffer is never freed.
-        accumulates = either(setup.accumulation > 1, setup.zero_grad == "zero" or keeps_master_weights(setup))
+        accumulates = either(setup.accumulation > 1, setup.zero_grad == "zero")
         gpipe = setup.pipeline_schedule == "gpipe"
         size, place, layers = widths(setup), placement(setup), ceil(shape.layers / setup.pipeline_parallel)
+        buffers = Buffers(shape=shape, setup=setup, size=size, place=place, states=kept, layers=layers)
+        gradients = maximum(where(accumulates, kept.gradients, 0.0), buffers.unsharded_gradients())
         return cls(
             shape=shape,
             setup=setup,
@@ -145,14 +147,18 @@ class _Ledger:
             in_flight=where(setup.pipeline_parallel > 1, setup.accumulation, 1)
             if gpipe
             else minimum(setup.pipeline_parallel, setup.accumulation),
-            held_gradients=where(accumulates, kept.gradients, 0.0),
-            buffers=Buffers(shape=shape, setup=setup, size=size, place=place, states=kept, layers=layers),
+            held_gradients=buffers.engine.held_gradients() if keeps_master_weights(setup) else gradients,
+            buffers=buffers,
         )
 
     def moments(self) -> tuple[_Moment, ...]:
         held = self._activations()
-        found = (self.forward(held), self.backward_start(held), self.backward_end(held), self.optimizer_step())
-        return (*found, self.evaluation()) if self.setup.eval_batch is not None else found
+        found = [self.forward(held), self.backward_start(held), self.backward_end(held), self.optimizer_step()]
+        if self.setup.sharding == "fsdp":
+            found += [self.gathering(held), self.reducing(held), self.accumulated()]
+        if self.setup.eval_batch is not None:
+            found.append(self.evaluation())
+        return tuple(found)
 
     # --- what the layers hold -------------------------------------------------------------------------------------
 
@@ -197,6 +203,8 @@ class _Ledger:
                 largest, transient = maximum(largest, one), maximum(transient, momentary)
         if self.setup.method == "freeze" and self.setup.trainable_layers:
             kept *= min(1.0, self.setup.trainable_layers / self.shape.layers)
+        if self.setup.method == "adapter":  # nothing before the first prompt needs a gradient
+            kept *= 1 - ADAPTER_START / self.shape.layers
         if self.setup.method in ("lora", "dora", "qlora") and self.shape.rms_norm:
             # Nothing before the first adapter needs a gradient: the first norm keeps nothing.
             kept -= self.tokens * 4 * self.shape.hidden / self.setup.tensor_parallel
@@ -255,24 +263,59 @@ class _Ledger:
             temporaries=where(returned, kept_copies, copies),
         )
 
+    def gathering(self, held: _Activations) -> _Moment:
+        """FSDP gathers the head, before there are logits; a tied one before everything else."""
+        kept, communication = 0.0 if self.shape.tied_embeddings else held[0], self.buffers.gathering()
+        return self._phase(
+            "forward", gradients=self.held_gradients, activations=kept, communication=communication,
+        )  # fmt: skip
+
+    def reducing(self, held: _Activations) -> _Moment:
+        """FSDP reduces the head's gradients, when only what the caller holds is left of the logits."""
+        outputs = self.tokens * logit_bytes(self.shape, self.setup).held
+        if self.setup.loss == "chunked":  # the log-softmaxes of the chunks to come, when the first two have been added
+            outputs = self.tokens * self.shape.vocab * 4 * (1 - 2 / _LOSS_CHUNKS) / self.setup.tensor_parallel
+        communication = self.buffers.reducing_head()
+        return self._phase(
+            "backward", gradients=self.held_gradients, activations=held[0], logits=outputs, communication=communication,
+        )  # fmt: skip
+
+    def accumulated(self) -> _Moment:
+        """A micro-batch ends whose gradients are not reduced."""
+        return self._phase("backward", gradients=self.held_gradients, communication=self.buffers.adding_table())
+
     def backward_start(self, held: _Activations) -> _Moment:
         kept, recomputed, transient = held
         logits = logit_bytes(self.shape, self.setup)
         # The softmax's backward, or the recomputation of the last layer with what the caller still holds of the logits.
         chain = self.tokens * logits.backward
         later = recomputed + transient
+        first = self._head_gradient()
         head = self.tokens * head_input_bytes(self.shape, self.setup)
         outputs = self.tokens * logits.held
-        layers_win = later + outputs > chain + head
+        layers_win = later + outputs + first > chain + head
         logits_bytes, activations = where(layers_win, outputs, chain), kept + where(layers_win, later, head)
         return self._phase(
             "backward",
             gradients=self.held_gradients,
             activations=activations,
             logits=logits_bytes + logits.head_gradients,
-            temporaries=where(layers_win, self._autocast_copies("layers"), self._autocast_copies("backward")),
-            communication=where(layers_win, self.buffers.at("backward"), self.buffers.at("loss")),
+            temporaries=where(layers_win, self._autocast_copies("layers") + first, self._autocast_copies("backward")),
+            communication=where(layers_win, self.buffers.at("head"), self.buffers.at("loss")),
         )
+
+    def _head_gradient(self) -> Number:
+        """What the head's own backward left for the layers': a tied one's waits for the lookup, another is new where no
+        earlier micro-batch left one to add it to. Engines and FSDP reduce it at once."""
+        if self.setup.method != "full" or self.setup.loss in ("fused-linear", "cut-cross-entropy"):
+            return 0.0
+        if self.setup.sharding not in ("none", "fsdp"):
+            return 0.0
+        width = self.size.stream if self.setup.sharding == "fsdp" else self.states.gradient_width
+        if self.shape.tied_embeddings:
+            return width * self.states.embedding
+        new = either(self.held_gradients > 0, self.setup.sharding == "fsdp")
+        return where(new, 0.0, width * self.states.embedding)
 
     def backward_end(self, held: _Activations) -> _Moment:
         _, recomputed, transient = held
@@ -290,16 +333,25 @@ class _Ledger:
             )  # the head's gradient came with the forward pass
             copies = (1 if self.size.casts_weights or linear else 2) + where(self.held_gradients > 0, 1, 0)
             table = self.states.embedding * self.states.gradient_width * copies
-        table_wins = table > layer + transient
+        buffers: Number = self.buffers.at("backward")
+        reducing = self.buffers.reducing_table()
+        table = where(self.place.gathers, 0.0, table) if self.setup.sharding == "fsdp" else table
+        table_wins = table + reducing > layer + transient + buffers
+        arriving = self.buffers.engine.arriving() if keeps_master_weights(self.setup) else 0.0
         return self._phase(
             "backward",
-            gradients=self.states.gradients,
+            gradients=self.states.gradients + arriving,
             activations=where(table_wins, 0.0, layer + transient),
+            logits=self.tokens * logit_bytes(self.shape, self.setup).held,
             temporaries=where(table_wins, table, 0.0),
+            communication=where(table_wins, where(reducing > 0, reducing, buffers), buffers),
         )
 
     def optimizer_step(self) -> _Moment:
-        return self._phase("optimizer", gradients=self.states.gradients, temporaries=self._optimizer_temporaries())
+        gradients = self.states.gradients
+        if keeps_master_weights(self.setup):
+            gradients = self.buffers.engine.step_gradients()
+        return self._phase("optimizer", gradients=gradients, temporaries=self._optimizer_temporaries())
 
     def evaluation(self) -> _Moment:
         assert self.setup.eval_batch is not None
@@ -315,10 +367,7 @@ class _Ledger:
 
     def _optimizer_temporaries(self) -> Number:
         if keeps_master_weights(self.setup):
-            # DeepSpeed casts its partition of the gradients to fp32 before torch's AdamW takes its square roots.
-            share = 0.0 if self.setup.offload else self.states.trainable * 4 / self.place.optimizer
-            table = self.states.embedding * self.size.compute if self.setup.sharding == "zero3" else 0.0
-            return share * (2 if self.setup.optimizer == "adamw" else 1) + table
+            return self.buffers.engine.step_temporaries()
         trained, shards = self.states.trainable * self.size.trained, self.place.optimizer
         if self.setup.optimizer == "adamw":
             if conventions(self.setup).fused_optimizer:
@@ -363,18 +412,35 @@ class _Ledger:
         persistent = self.states.parameters + self.states.optimizer + workspace_bytes(self.setup.accelerator)
         later = self.states.gradients - self.held_gradients + self._optimizer_temporaries()
         persistent = persistent + self.held_gradients
-        deepspeed = str(self.setup.sharding).startswith("zero")
-        if self.setup.expandable_segments or conventions(self.setup).expandable_segments:
-            grown = persistent + (_GROWN_DEEPSPEED if deepspeed else _GROWN) * tensors
-            grown = maximum(grown + self.states.gradients - self.held_gradients, persistent + later)
-            return grown + communication * (2 if deepspeed else 1)
+        expandable = self.setup.expandable_segments or conventions(self.setup).expandable_segments
+        if str(self.setup.sharding).startswith("zero"):
+            fragments = _FRAGMENTED * tensors
+            return self.buffers.engine.segments(persistent, tensors, fragments, expandable=expandable)
         converted = 0.0
         if self.setup.loss in ("standard", "fused-kernel"):
             converted = logit_bytes(self.shape, self.setup).converted * self.tokens
+        if expandable:
+            if conventions(self.setup).drops_logits:  # their block stays
+                tensors = tensors + converted / 3
+            grown = persistent + _GROWN * tensors + self.states.gradients - self.held_gradients
+            return maximum(grown, persistent + later) + communication
         fragments = maximum(converted, where(self.place.gathers, _FRAGMENTED_GATHERED, _FRAGMENTED) * tensors)
         if self.setup.varying_lengths:
             fragments = fragments + _EARLIER_LOGITS * logits
+        if self.setup.sharding == "fsdp" and self.setup.method == "full":
+            return persistent + self._streams(moments, fragments)
         return persistent + tensors + maximum(later, fragments) + 2 * communication
+
+    def _streams(self, moments: tuple[_Moment, ...], fragments: Number) -> Number:
+        """FSDP2's three pools, which never mix: the all-gathers' outputs, the reduced gradients, and the rest."""
+        tensors: Number = 0.0
+        for moment in moments:
+            if moment.phase != "optimizer":
+                part = dict(zip(PART_NAMES, moment.amounts, strict=True))
+                rest = part["activations"] + part["logits"] + part["temporaries"] + part["communication"]
+                tensors = maximum(tensors, rest - (self.buffers.output() if moment.phase == "forward" else 0.0))
+        reduced = maximum(self.states.gradients - self.held_gradients, 0.0)
+        return reduced + self.buffers.outputs() + maximum(tensors + fragments, self._optimizer_temporaries())
 
     def _phase(
         self,

@@ -7,6 +7,7 @@ which values it takes and which framework default fills it in when it is ``None`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,7 +18,7 @@ FRAMEWORKS = (
     "hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan", "torchtune", "litgpt", "llm-foundry", "megatron",
     "megatron-deepspeed", "nemo", "mlperf", "axolotl", "unsloth", "internevo", "jax", "fms-fsdp", "hf-loop",
 )  # fmt: skip
-METHODS = ("full", "freeze", "lora", "dora", "qlora")
+METHODS = ("full", "freeze", "lora", "dora", "qlora", "adapter", "adapter_v2")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "gptq-int4", "gptq-int8")
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "fp8-mixed", "mxfp8-mixed", "nvfp4-mixed")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor", "sgd")
@@ -119,7 +120,7 @@ class Setup:
     pack: bool = _setting(True, "Sequences are packed to --seq tokens (--no-pack: padded).")
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
+        for spec in _limited():
             check_value(spec, getattr(self, spec.name))
         if self.method in ("lora", "dora", "qlora") and self.lora_rank is None:
             object.__setattr__(self, "lora_rank", 16)
@@ -132,6 +133,10 @@ class Setup:
         if self.method in ("full", "freeze") and (self.lora_rank or self.base_quantization):
             given = "lora_rank" if self.lora_rank else "base_quantization"
             raise InputError(f"{given}: means nothing with --method {self.method}; write --method lora or qlora")
+        if self.method.startswith("adapter") and (self.framework != "litgpt" or self.lora_rank):
+            raise InputError(
+                f"method: {self.method} is litgpt's, without a rank; write --framework litgpt, or --method lora"
+            )
         if self.accelerators % self.model_parallel:
             raise InputError(
                 f"accelerators: {self.accelerators} is not a multiple of tensor x pipeline x context parallel ranks = "
@@ -219,16 +224,28 @@ def convert(name: str, value: Any) -> Any:
         raise InputError(f"{name}: {value!r} is not {_KIND_NAMES[kind]}") from None
 
 
+@functools.cache
+def _limited() -> tuple[dataclasses.Field[Any], ...]:
+    """The settings that have not every value of their type: a setup is made many times over."""
+    return tuple(
+        spec
+        for spec in fields(Setup)
+        if spec.metadata["choices"] or spec.metadata["minimum"] is not None or spec.name == "internode_gbps"
+    )
+
+
 _MOST = 10**12
 """Of every count: products of several stay far from where floating-point numbers end."""
 
 
 def check_value(spec: dataclasses.Field[Any], value: Any) -> None:
     """Raises InputError where ``value`` is none that the setting ``spec`` may have."""
-    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
-    flag = "--" + spec.name.replace("_", "-")
     if value is None:
         return
+    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
+    if choices is not None and value in choices:
+        return
+    flag = "--" + spec.name.replace("_", "-")
     if choices is not None and value not in choices:
         raise InputError(f"{spec.name}: {value!r} is not known; write {flag} with one of {', '.join(choices)}")
     if minimum is not None and value < minimum:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from estimator.arrays import Number, maximum, where
+from estimator.catalog import rotary_positions
 from estimator.conventions import conventions
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
@@ -59,7 +60,9 @@ def widths(setup: Setup) -> Widths:
     weight = 2.0 if half else 4.0
     compute = 2.0 if half or mixed or gathers_half else 4.0
     adapters = setup.method in ("lora", "dora", "qlora")
-    trained = 4.0 if adapters and conventions(setup).fp32_adapters else weight
+    # DeepSpeed makes the whole model half, adapters as well.
+    fp32_adapters = conventions(setup).fp32_adapters and not keeps_master_weights(setup)
+    trained = 4.0 if adapters and fp32_adapters else weight
     return Widths(
         weight=weight,
         compute=compute,
@@ -108,8 +111,25 @@ def trainable_parameters(shape: ModelShape, setup: Setup) -> int:
                 f"trainable_layers: {setup.trainable_layers} is more than the {shape.layers} layers of {shape.name}"
             )
         return setup.trainable_layers * layer_parameters(shape)
+    if setup.method.startswith("adapter"):
+        return _prompt_adapter_parameters(shape, setup)
     assert setup.lora_rank is not None
     return lora_parameters(shape, setup.lora_rank, setup.lora_targets, dora=setup.method == "dora")
+
+
+ADAPTER_START, _ADAPTER_PROMPT = 2, 10
+"""The first layer with an adaption prompt, and the prompt's tokens (litgpt/adapter.py)."""
+
+
+def _prompt_adapter_parameters(shape: ModelShape, setup: Setup) -> int:
+    """LLaMA-Adapter: a prompt and a gate a head in each layer from the third on; its second version trains the norms, and a
+    scale and a bias of every product as well (litgpt/adapter_v2.py)."""
+    prompts = (shape.layers - ADAPTER_START) * (_ADAPTER_PROMPT * shape.hidden + shape.heads)
+    if setup.method == "adapter":
+        return prompts
+    norms = count_parameters(shape).norm
+    outputs = shape.query_width + 2 * shape.kv_width + 2 * shape.hidden + (shape.matrices - 1) * shape.plain_ffn
+    return prompts + norms + 2 * (shape.layers * outputs + shape.vocab)
 
 
 def layer_parameters(shape: ModelShape) -> int:
@@ -201,6 +221,7 @@ def states(shape: ModelShape, setup: Setup) -> States:
     if keeps_master_weights(setup):
         optimizer = trainable * 12.0 / place.optimizer
         gradients = trainable * 2.0 / place.gradients
+        parameters = parameters + _rotary_tables(shape, setup)
     elif accumulates_in_fp32(setup):
         gradients = trainable * 4.0 / place.gradients
         optimizer = _distributed_optimizer_bytes(setup, count, trainable)
@@ -211,7 +232,7 @@ def states(shape: ModelShape, setup: Setup) -> States:
     if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
         # Paged states are unified memory outside torch's allocator; ZeRO-Offload keeps fp32 master weights as well.
         host, optimizer = optimizer, 0.0
-        if keeps_master_weights(setup):
+        if keeps_master_weights(setup) and setup.sharding != "zero1":
             gradients = 0.0  # sent to the host bucket by bucket
         if setup.offload and size.trained == 2 and not keeps_master_weights(setup):
             host += trainable * 12.0 / place.optimizer
@@ -253,6 +274,12 @@ def _block_slack(shape: ModelShape, setup: Setup, size: Widths) -> Number:
         slack = slack + count * _slack(elements * width / tensor)
     tables = 1 if shape.tied_embeddings else 2
     return slack * shape.layers / setup.pipeline_parallel + tables * _slack(shape.vocab * h * size.weight / tensor)
+
+
+def _rotary_tables(shape: ModelShape, setup: Setup) -> float:
+    """Before transformers 4.43 every layer kept the cosines and sines of all positions (as a loss tells: before 4.46)."""
+    positions = rotary_positions(shape.name) if setup.logit_copies == "shifted" else None
+    return 2.0 * 2 * (positions or 0) * shape.head_dim * shape.layers
 
 
 def _slack(matrix_bytes: Number) -> Number:

@@ -108,6 +108,10 @@ class RunClock:
         """The wall time alone."""
         return self._spread(lambda pace: self._total(steps, pace))
 
+    def middle_seconds(self, steps: int) -> float:
+        """The wall time without its interval, which takes many times as long."""
+        return self._total(steps, self.middle)
+
     def _spread(self, measure: Callable[[_Pace], float]) -> Interval:
         """The factors vary independently: what each moves alone adds in squares."""
         middle = measure(self.middle)
@@ -145,7 +149,7 @@ class RunClock:
             return steps / self.cadence.save_every_steps
         write = self.write_bytes / self.middle.disk_bytes_per_second
         by_failures = steps / optimal_steps(write, self._between_failures(self.middle), self.middle.step_seconds)
-        return max(math.ceil(self.cadence.epochs), by_failures)
+        return max(min(math.ceil(self.cadence.epochs), steps), by_failures)
 
     def _checkpoints(self, steps: int) -> int:
         return min(max(math.ceil(self._segments(steps)), 1), steps)

@@ -25,10 +25,9 @@ Command = Callable[["Setup", list[str]], str]
 
 def plans_document(plans: Plans, most: Largest, request: RunRequest, command: Command) -> dict[str, Any]:
     """The JSON document: base units, sections of a plan as in an estimate's."""
-    data = data_flags(request)
     return {
         "schema": SCHEMA,
-        "plans": [_plan(estimate, command(estimate.setup, data)) for estimate in plans.front],
+        "plans": [_plan(found, command(found.setup, data_flags(request, found))) for found in plans.front],
         "largest": {
             "batch": most.batch,
             "seq": most.seq,
@@ -37,7 +36,7 @@ def plans_document(plans: Plans, most: Largest, request: RunRequest, command: Co
         },
         "searched": plans.searched,
         "fitting": plans.fitting,
-        "left_out": list(plans.unpriced),
+        "left_out": list(plans.left_out),
     }
 
 
@@ -46,14 +45,16 @@ def _plan(estimate: Estimate, command: str) -> dict[str, Any]:
     return {name: whole[name] for name in ("setup", "memory", "fits", "time", "run")} | {"command": command}
 
 
-def data_flags(request: RunRequest) -> list[str]:
-    """How much is trained, as ``train`` takes it."""
+def data_flags(request: RunRequest, found: Estimate) -> list[str]:
+    """How much is trained, as ``train`` takes it: whole epochs, or steps."""
     flags = []
     for flag, value in (("--dataset-tokens", request.dataset_tokens), ("--samples", request.samples)):
         if value is not None:
             flags += [flag, str(value)]
     if flags and float(request.epochs).is_integer():
         flags += ["--epochs", str(int(request.epochs))]
+    elif found.run is not None:
+        flags += ["--steps", str(found.run.steps)]
     return flags
 
 
@@ -62,9 +63,8 @@ def print_plans(
 ) -> None:
     """Each plan in four lines, fastest first; then the largest, and what was searched."""
     page = Page(screen)
-    data = data_flags(request)
     for number, estimate in enumerate(plans.front, 1):
-        _print_plan(page, number, estimate, command(estimate.setup, data))
+        _print_plan(page, number, estimate, command(estimate.setup, data_flags(request, estimate)))
     if not plans.front:
         page.heading("No plan")
         page.paragraph(_why_none(plans, limits))
@@ -73,8 +73,10 @@ def print_plans(
     page.paragraph(f"{plans.searched:,} setups, of which {plans.fitting:,} fit; each plan is cheaper than all above it")
     if not request.tokens(1):
         page.paragraph("no data given: plans are compared by tokens; write --dataset-tokens N or --samples N")
-    if plans.unpriced:
-        page.paragraph(f"left out, no price or rate known: {', '.join(plans.unpriced)}; write --price 2.50 or --owned")
+    for reason in dict.fromkeys(plans.left_out.values()):
+        names = ", ".join(name for name, why in plans.left_out.items() if why == reason)
+        way = "; write --price 2.50 or --owned" if "price" in reason else ""
+        page.paragraph(f"left out, {reason} known: {names}{way}")
 
 
 def _why_none(plans: Plans, limits: Limits) -> str:

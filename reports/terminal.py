@@ -86,6 +86,8 @@ def describe_method(setup: Setup) -> str:
         return "Full fine-tune"
     if setup.method == "freeze":
         return f"Fine-tune of the last {setup.trainable_layers} layers"
+    if setup.lora_rank is None:
+        return "LLaMA-Adapter fine-tune" + (" (second version)" if setup.method == "adapter_v2" else "")
     names = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
     base = f", {setup.base_quantization}" if setup.base_quantization else ""
     return f"{names[setup.method]} fine-tune (rank {setup.lora_rank}{base})"

@@ -7,6 +7,7 @@ import importlib
 import io
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -71,6 +72,7 @@ def _named_only() -> None:
 def run(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs one command and exits with the code that DESIGN.md gives each kind of end."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names from elsewhere may hold what a terminal's encoding has not
     wanted = next((word for word in given if not word.startswith("-")), None)
@@ -123,6 +125,16 @@ def _guard(action: Callable[[], Any]) -> int:
 def _fail(error: object, code: int) -> int:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Python has no stream where the shell closed one (``>&-``): nobody reads it."""
+    import os
+
+    sys.stdout, sys.stderr = (
+        stream or Path(os.devnull).open("w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
 
 
 def _silence_stdout() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from estimator.build import check_step
+from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
 from estimator.setup import Setup
@@ -24,6 +25,12 @@ _COMPILED = {
 def check_activations(setup: Setup) -> None:
     """Raises InputError for what excludes itself, or what no dry run knows (``setup`` resolved)."""
     check_step(setup)
+    shape = resolve_model(setup.model)
+    positions = shape.positions - (2 if shape.family == "opt" else 0)  # whose table begins with two that no token has
+    if shape.positions and setup.seq > positions:
+        raise InputError(
+            f"seq: {shape.name} has {positions} learned positions; write --seq {positions} or less, or leave out --dry-run"
+        )
     cpu = is_cpu(setup.accelerator)
     if cpu and setup.attention == "flex":
         raise InputError("attention: flex has no backward pass on a CPU; write --attention sdpa")

@@ -56,7 +56,7 @@ class DeepSpeedLoop(Loop):
         shared = 1 if self._stage < 3 else self._ranks
         frozen = [p for p in self._model.parameters() if not p.requires_grad]
         if frozen:
-            self._take("parameters", _Flat(frozen, set()), _HALF / shared)
+            self._take("parameters", _Flat(frozen, self._all.middle), _HALF / shared)
         self._rotary_tables()
         for group in self._groups:
             self._take("parameters", group, _HALF / shared)
@@ -79,7 +79,9 @@ class DeepSpeedLoop(Loop):
                 parameter.register_post_accumulate_grad_hook(self._collect)
 
     def _rotary_tables(self) -> None:
-        """The published runs are of transformers 4.40, whose layers each keep the cosines and sines of every position."""
+        """Before transformers 4.43 every layer kept the cosines and sines of all positions."""
+        if self._setup.logit_copies != "shifted":
+            return
         shape = resolve_model(self._setup.model)
         positions = rotary_positions(shape.name)
         if positions is not None:
@@ -101,9 +103,8 @@ class DeepSpeedLoop(Loop):
         if self._stage < 3:
             self._buffers["bucket"] = self._take_bytes("communication", BUCKET * _HALF)
         super()._backward(loss)
-        if (
-            self._stage == 1
-        ):  # which reduces when all micro-batches have passed; until then gradients are the parameters'
+        if self._stage == 1:
+            # Reduced when all micro-batches have passed; until then gradients are the parameters' own.
             if not self._last:
                 self._give(self._buffers.pop("bucket"))
                 return

@@ -74,7 +74,8 @@ class Gatherer:
         while self._queue and self._queue[0][0] <= self._visits:
             self._queue.pop(0)
         ahead: list[int] = []
-        room = min(_PREFETCH, _MAX_LIVE - sum(self._numel[p] for p in self._live))
+        available = self._live.keys() | self._pending.keys()  # counted from when they are asked for
+        room = min(_PREFETCH, _MAX_LIVE - sum(self._numel[p] for p in available))
         while self._queue and sum(self._numel[p] for p in ahead) < room:
             visit, parameter = self._queue.pop(0)
             self._fetched_for[parameter] = visit

@@ -56,7 +56,7 @@ class _Flex(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output = torch.empty_like(query)
+        output = torch.empty_like(query[..., : value.shape[-1]])  # latent attention's values are narrower
         log_sum = torch.empty(query.shape[:-1], dtype=torch.float32)
         ctx.mark_non_differentiable(log_sum)
         ctx.save_for_backward(query, key, value, output, log_sum)

@@ -10,6 +10,8 @@ from estimator.states import trainable_parameters
 _FRAMEWORKS = ("hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan")
 """torchtitan: its step, sharding and compilation of each layer, around transformers' model of the same shape."""
 _BUCKET = 500_000_000
+_TENSOR_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+_TENSOR_FRAMEWORKS = ("torchtitan", "torch-loop")
 
 
 def check_parallel(setup: Setup) -> None:
@@ -18,16 +20,20 @@ def check_parallel(setup: Setup) -> None:
         raise InputError(
             f"framework: a dry run does not execute {setup.framework}; write {', '.join(_FRAMEWORKS)}, or leave out --dry-run"
         )
-    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel"):
+    for name in ("pipeline_parallel", "context_parallel", "expert_parallel"):
         if getattr(setup, name) > 1:
-            raise InputError(f"{name}: a dry run executes data parallelism alone; write 1, or leave out --dry-run")
+            raise InputError(
+                f"{name}: a dry run executes data and tensor parallelism alone; write 1, or leave out --dry-run"
+            )
     sharding = str(setup.sharding)
+    if setup.tensor_parallel > 1:
+        _check_tensor_parallel(setup)
     if setup.offload == "optimizer" and not sharding.startswith("zero"):
         raise InputError(
             "offload: a dry run offloads the optimizer with DeepSpeed; write --framework hf-trainer+deepspeed"
         )
-    if sharding == "none" and setup.accelerators > 1:
-        raise InputError(f"sharding: none is of one device, not {setup.accelerators}; write --sharding ddp or fsdp")
+    if sharding == "none" and setup.data_ranks > 1:
+        raise InputError(f"sharding: none is of one device, not {setup.data_ranks}; write --sharding ddp or fsdp")
     if sharding == "none":
         return
     if sharding.startswith("zero") != (setup.framework == "hf-trainer+deepspeed"):
@@ -40,6 +46,43 @@ def check_parallel(setup: Setup) -> None:
         raise InputError(
             f"shard_size: {shards} does not divide {setup.data_ranks} data-parallel ranks; write --shard-size with a divisor"
         )
+
+
+def _check_tensor_parallel(setup: Setup) -> None:
+    ranks, shape = setup.tensor_parallel, resolve_model(setup.model)
+    if setup.framework not in _TENSOR_FRAMEWORKS:
+        raise InputError(
+            f"tensor_parallel: a dry run does not execute it with {setup.framework}; write --framework torchtitan, or leave out --dry-run"
+        )
+    if shape.family not in _TENSOR_FAMILIES or shape.experts:
+        raise InputError(
+            f"tensor_parallel: a dry run splits models like llama, not {shape.name}; write 1, or leave out --dry-run"
+        )
+    for name, whole in (
+        ("query heads", shape.heads),
+        ("key heads", shape.kv_heads),
+        ("tokens of a sequence", setup.seq),
+    ):
+        if whole % ranks:
+            raise InputError(
+                f"tensor_parallel: {ranks} ranks do not divide {whole} {name}; write a divisor, or leave out --dry-run"
+            )
+    _refuse(setup, _unsplit(setup), "tensor parallelism")
+
+
+def _unsplit(setup: Setup) -> dict[str, bool]:
+    alone = setup.sharding == "none"
+    return _unsharded(setup) | {
+        "sharding": setup.sharding not in ("none", "fsdp"),
+        "method": setup.method not in ("full", "freeze"),
+        # The mask would be made for this rank's part of the sequence.
+        "attention": setup.attention not in ("sdpa", "flash"),
+        "loss": setup.loss != "standard",
+        "compile": setup.compile,
+        # torchtitan has mixed precision from FSDP alone.
+        "precision": alone and setup.precision.endswith("-mixed"),
+        "autocast": setup.autocast is not None,
+    }
 
 
 def same_in_depth(setup: Setup) -> bool:
@@ -63,7 +106,8 @@ def _unsharded(setup: Setup) -> dict[str, bool]:
         "base_quantization": setup.base_quantization is not None,
         "offload": setup.offload is not None,
         "optimizer_in_backward": setup.optimizer_in_backward,
-        "optimizer": str(setup.optimizer).endswith(("8bit", "paged")),
+        # torch's and transformers' Adafactor fail on sharded parameters, those of bitsandbytes on fake ones.
+        "optimizer": str(setup.optimizer).endswith(("8bit", "paged", "adafactor")),
         "loss": setup.loss == "compiled",
         "autocast": setup.autocast is not None and setup.precision.endswith("-mixed"),
     }
@@ -83,9 +127,9 @@ def _unengined(setup: Setup) -> dict[str, bool]:
     }
 
 
-def _refuse(setup: Setup, wrong: dict[str, bool]) -> None:
+def _refuse(setup: Setup, wrong: dict[str, bool], where: str | None = None) -> None:
     for name, applies in wrong.items():
         if applies:
             raise InputError(
-                f"{name}: a dry run does not execute {getattr(setup, name)} under {setup.sharding}; change it, or leave out --dry-run"
+                f"{name}: a dry run does not execute {getattr(setup, name)} under {where or setup.sharding}; change it, or leave out --dry-run"
             )

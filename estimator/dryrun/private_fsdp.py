@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from estimator.dryrun.private_api import replaced
 def fake_process_group(world: int) -> Iterator[None]:
     """The first rank of ``world``; collectives return at once."""
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized()
@@ -22,16 +24,23 @@ def fake_process_group(world: int) -> Iterator[None]:
     try:
         yield
     finally:
+        # What DTensor remembers of a mesh names this world's groups, and equal meshes of the next world would find it.
+        _clear_sharding_prop_cache()
         dist.destroy_process_group()
 
 
-def cpu_mesh(replicas: int, shards: int) -> Any:
-    """Of one dimension, or (replicas, shards)."""
-    from torch.distributed.device_mesh import init_device_mesh
+def cpu_mesh(**sizes: int) -> Any:
+    """The first rank's, of the named dimensions; of groups only its own are made, so that set-up does not grow with the world."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-    if replicas == 1:
-        return init_device_mesh("cpu", (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    names, shape = tuple(sizes), tuple(sizes.values())
+    if len(names) == 1:
+        return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    ranks = torch.arange(math.prod(shape)).view(shape)
+    own = [ranks[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))] for dim in range(len(shape))]
+    groups = [dist.new_group(line.tolist()) for line in own]
+    return DeviceMesh.from_group(groups, "cpu", mesh=ranks, mesh_dim_names=names)
 
 
 class _FirstChunk:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging as standard_logging
+import warnings
+from collections.abc import Iterator
 
 from estimator.catalog import resolve_model
 from estimator.dryrun.checks import check_activations
@@ -31,6 +35,11 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
     if str(setup.base_quantization).startswith("gptq"):  # its kernels that have a backward pass know fp16 only
         precision, autocast = setup.precision.replace("bf16", "fp16"), "fp16" if setup.autocast else None
         setup = dataclasses.replace(setup, precision=precision, autocast=autocast)
+    with _quiet_libraries(), _countable():
+        return _run(setup, steps=steps, capacity_bytes=capacity_bytes, layers_run=layers_run)
+
+
+def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: int | None) -> DryRun:
     try:
         from estimator.dryrun.depth import write_out
         from estimator.dryrun.replay import replay
@@ -53,6 +62,39 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
         empties_cache=setup.framework == "torch-loop",
         layers_run=run,
     )
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """What the libraries remark on a config or a kernel concerns nobody who wants its memory; errors are raised."""
+    try:
+        from transformers import logging
+    except ImportError:  # named where it is used
+        yield
+        return
+    verbosity, kernels = logging.get_verbosity(), standard_logging.getLogger("torch._subclasses.fake_tensor")
+    logging.set_verbosity_error()
+    level = kernels.level
+    kernels.setLevel(standard_logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        kernels.setLevel(level)
+
+
+@contextlib.contextmanager
+def _countable() -> Iterator[None]:
+    """torch counts a tensor's elements and bytes in 63 bits."""
+    try:
+        yield
+    except (RuntimeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(
+            "dry_run: a tensor of this setup has 2^63 bytes or more; write a smaller --seq, --batch or model, or leave out --dry-run"
+        ) from None
 
 
 def check_dry_runnable(setup: Setup) -> None:

@@ -8,6 +8,7 @@ a second one. Source: ``torch/distributed/fsdp/_fully_shard``.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from estimator.build import decoder_layers
 from estimator.dryrun import private_fsdp
 from estimator.dryrun.private_api import replaced
+from estimator.dryrun.tensor_parallel import parallelize, split_loss
 from estimator.dryrun.tracker import Tracker
 from estimator.setup import Setup
 
@@ -30,9 +32,25 @@ def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
     shards = setup.shard_size or setup.data_ranks
     # Whether there are more ranks than share the shards decides if gradients are reduced twice; how many changes nothing.
     replicas = 2 if setup.data_ranks > shards else 1
-    with private_fsdp.fake_process_group(shards * replicas), private_fsdp.lazy_chunks():
-        shard(model, setup, private_fsdp.cpu_mesh(replicas, shards))
+    sizes = {"replicate": replicas, "shard": shards, "tensor": setup.tensor_parallel}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or (name, setup.sharding) == ("shard", "fsdp")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(private_fsdp.fake_process_group(math.prod(sizes.values())))
+        stack.enter_context(private_fsdp.lazy_chunks())
+        if setup.tensor_parallel > 1:
+            stack.enter_context(split_loss())
+        distribute(model, setup, private_fsdp.cpu_mesh(**sizes))
         yield
+
+
+def distribute(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
+    """Splits tensors over the dimension ``tensor`` of a mesh, if it has one, and shards over the others."""
+    names = list(mesh.mesh_dim_names)
+    if "tensor" in names:
+        names.remove("tensor")
+        parallelize(model, mesh["tensor"], tokens=setup.seq)
+    if setup.sharding == "fsdp":
+        shard(model, setup, mesh[tuple(names)])
 
 
 def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
@@ -84,9 +102,11 @@ def _after(model: torch.nn.Module, layers: torch.nn.Module) -> list[torch.nn.Mod
 @contextlib.contextmanager
 def watched(tracker: Tracker) -> Iterator[None]:
     """FSDP's own allocations, of what for and in which stream, are seen by ``tracker``."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.distributed.tensor.parallel import loss
 
     def allocate(tensor: torch.Tensor) -> None:
         before = tensor.untyped_storage().nbytes()
@@ -101,7 +121,7 @@ def watched(tracker: Tracker) -> Iterator[None]:
     plain_allocate, plain_free = _fsdp_param.alloc_storage, _fsdp_param.free_storage
     groups: Any = _fsdp_param_group.FSDPParamGroup
     numbers = {id(torch.cpu.current_stream()): 0}
-    tracker.wrappers = (DTensor,)
+    tracker.wrappers = (DTensor, AsyncCollectiveTensor)
     tracker.stream_number = lambda: private_fsdp.stream_number(numbers)
     tracker.collectives = _gloo()
     with contextlib.ExitStack() as stack:
@@ -113,6 +133,8 @@ def watched(tracker: Tracker) -> Iterator[None]:
             stack.enter_context(replaced(owner, name, function))
         for name in ("unshard", "wait_for_unshard", "post_backward"):
             stack.enter_context(replaced(groups, name, _communicating(tracker, getattr(groups, name))))
+        name = "_nll_loss_and_log_softmax_backward"
+        stack.enter_context(replaced(loss, name, _formula(getattr(loss, name))))
         # What DTensor runs at the global shape to learn the result's: no memory of this rank's.
         propagate = "_propagate_tensor_meta_non_cached"
         stack.enter_context(
@@ -123,10 +145,12 @@ def watched(tracker: Tracker) -> Iterator[None]:
 
 def _gloo() -> dict[Any, Any]:
     """What gloo takes for itself (ProcessGroupGloo.cpp): a copy of what it reduces, and of what it gathers."""
-    operators = torch.ops.c10d
+    operators, functional = torch.ops.c10d, torch.ops._c10d_functional
     return {
         operators._reduce_scatter_base_.default: lambda args: (args[1].untyped_storage().nbytes(),),
         operators._allgather_base_.default: lambda args: (args[0].untyped_storage().nbytes(),),
+        functional.reduce_scatter_tensor.default: lambda args: (args[0].untyped_storage().nbytes(),),
+        functional.all_gather_into_tensor.default: lambda args: (args[0].untyped_storage().nbytes() * args[1],),
     }
 
 
@@ -134,6 +158,16 @@ def _communicating(tracker: Tracker, method: Any) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
         with tracker.purpose("communication"):
             return method(*args, **kwargs)
+
+    return called
+
+
+def _formula(function: Any) -> Any:
+    """A backward formula in Python: its sums are not autograd's, which are in place and never record."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return function(*args, **kwargs)
 
     return called
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from estimator.activations import builds_mask
-from estimator.build import build_empty_model, decoder_layers, model_config
+from estimator.build import build_empty_model, decoder_layers, model_config, weight_dtype
 from estimator.dryrun.compiled import compile_layers, gradients_at_the_end
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
@@ -32,14 +32,18 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
     Raises InputError as ``build_model``.
     """
     cpu = is_cpu(setup.accelerator)
-    if keeps_master_weights(setup):  # of which the engine casts half ones, without autocast
+    engine = keeps_master_weights(setup)
+    if engine:  # which runs a model that is half throughout, without autocast
         setup = dataclasses.replace(setup, precision=setup.precision.removesuffix("-mixed"))
     model: Any = build_empty_model(setup, layers=layers)
     model.train()
+    if engine:
+        model.to(weight_dtype(setup))  # peft's adapters were fp32
     if setup.offload == "activations":
         offload_activations(decoder_layers(model), checkpointing=setup.checkpointing != "none")
     with contextlib.ExitStack() as world:
-        if setup.sharding == "fsdp":
+        distributed = setup.sharding == "fsdp" or setup.tensor_parallel > 1
+        if distributed:
             from estimator.dryrun.sharded import sharded, watched
 
             world.enter_context(sharded(model, setup))
@@ -50,7 +54,7 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
         tracker = Tracker(
             model,
             decoder_layers(model),
-            vocab=model.config.get_text_config().vocab_size,
+            vocab=-(-model.config.get_text_config().vocab_size // setup.tensor_parallel),
             workspace_bytes=workspace_bytes(setup.accelerator) // 2,
             cuda=not cpu,
         )
@@ -63,7 +67,7 @@ def record(setup: Setup, *, steps: int, layers: int | None) -> Stream:
                 stack.enter_context(compiled_flex_attention())
             if not cpu:
                 stack.enter_context(CudaFunctions(setup.attention_kernel))
-            if setup.sharding == "fsdp":
+            if distributed:
                 stack.enter_context(watched(tracker))
             stack.enter_context(tracker)
             _loop(setup)(setup, model, tracker, cuda=not cpu).run(steps)
@@ -118,11 +122,13 @@ def _module_hooks(tracker: Tracker) -> Iterator[None]:
 def _masks(setup: Setup) -> Iterator[None]:
     """Whether a batch without padding gets an explicit mask is decided by its values, which fake tensors don't have.
 
-    transformers 4.57 takes a single sequence for a packed one (``builds_mask``), 5 looks and finds that it is not.
+    transformers 4.57 takes a single sequence for a packed one (``builds_mask``), 5 looks and finds that it is not. Where the
+    sequence is split, a mask would be of its part.
     """
     from transformers import masking_utils
 
     explicit = builds_mask(setup) and (setup.batch == 1 or setup.attention_kernel is not None)
+    explicit = explicit and setup.tensor_parallel == 1
     if explicit:
         yield
         return

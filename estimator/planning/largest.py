@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from estimator.setup import Setup
 
 _MOST = {"batch": 2**16, "seq": 2**24}
 _PRECISION = {"batch": 1, "seq": 64}
-"""Steps in which the largest value is sought where each try is a dry run; large values in coarser ones, of 1/64."""
+"""Steps in which the largest value is sought where each try is a dry run; large values in coarser ones, of 1/32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +107,15 @@ def _bisected(
 
 def _moved(setup: Setup, axis: str, start: int, fits: Callable[[Setup], bool]) -> int:
     """The largest multiple of the axis's precision that fits, near ``start``; 0 for none."""
-    step = max(_PRECISION[axis], start // 64 // _PRECISION[axis] * _PRECISION[axis])
+    step = max(_PRECISION[axis], start // 32 // _PRECISION[axis] * _PRECISION[axis])
+
+    @functools.cache
+    def alone(units: int) -> bool:
+        return fits(dataclasses.replace(setup, **_point(axis, units * step)))
 
     def good(units: int) -> bool:
-        return fits(dataclasses.replace(setup, **_point(axis, units * step)))
+        """With the one below it: fragments may spare a larger batch than one that they do not, and nobody counts on that."""
+        return alone(units) and (units == 1 or axis == "seq" or alone(units - 1))
 
     known_bad: int | None = None
     units = max(start // step, 1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.catalog import resolve_model
+from estimator.checkpoint import checkpoint_estimate
 from estimator.compute import step_work
-from estimator.cost import RunRequest
+from estimator.cost import RunRequest, run_clock_of
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.grid import SetupGrid, grid_device_bytes, setup_grid
@@ -21,6 +23,7 @@ from estimator.result import Estimate
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.step_law import formula_seconds
+from estimator.units import Interval
 
 if TYPE_CHECKING:
     import numpy
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 _CHUNK = 50_000
 """Setups of one pass."""
 _NOTICEABLE = 0.01
-"""A plan that is slower must be cheaper by this share to be worth a line: intervals are many times wider."""
+"""A plan that is slower must be cheaper by this share to be worth a line, and a dearer one faster: intervals are many
+times wider."""
 _ASSUMED_TOKENS = 10**9
 """What plans are compared over where no data is stated."""
 
@@ -39,6 +43,11 @@ class Limits:
 
     hours: float | None = None
     usd: float | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (("deadline", self.hours), ("budget", self.usd)):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{flag}: {value:g} is out of range; write a number above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +64,8 @@ class Plans:
     """Where none fits: the one that misses by least."""
     nearest_bytes: int
     """What its device peak takes beyond the capacity."""
-    unpriced: tuple[str, ...]
-    """Accelerators that were left out since no rate or price of them is known."""
+    left_out: Mapping[str, str]
+    """Accelerators that no plan could be made of, and what is not known of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +102,8 @@ def plan(
     found: list[tuple[_Candidates, numpy.ndarray]] = []
     searched = fitting = 0
     nearest: tuple[float, Setup | None] = (float("inf"), None)
-    unpriced = dict[str, None]()
-    for some in _predicted(space, shape, request, unpriced):
+    left_out = dict[str, str]()
+    for some in _predicted(space, shape, request, left_out):
         over = some.device_bytes - some.capacity_bytes
         searched += len(over)
         good = over <= 0
@@ -107,50 +116,60 @@ def plan(
         if good.any():
             found.append((some, numpy.flatnonzero(good)))
     if not searched:
-        raise InputError(_nothing(space, tuple(unpriced)))
+        raise InputError(_nothing(space, left_out))
     return Plans(
-        front=tuple(_front(found, request, limits, fits)),
+        front=_front(found, request, limits, fits),
         searched=searched,
         fitting=fitting,
         nearest=None if fitting else nearest[1],
         nearest_bytes=0 if fitting else round(nearest[0]),
-        unpriced=tuple(unpriced),
+        left_out=left_out,
     )
 
 
-def _nothing(space: Space, unpriced: tuple[str, ...]) -> str:
-    if unpriced:
-        return f"price: no price or rate of {unpriced[0]} is known; write dollars for one GPU-hour, --price 2.50, or --owned"
-    batch = space.global_batch
+def _nothing(space: Space, left_out: Mapping[str, str]) -> str:
+    for name, reason in left_out.items():
+        way = "dollars for one GPU-hour, --price 2.50, or --owned" if "price" in reason else "another --gpu"
+        return f"{'price' if 'price' in reason else 'accelerator'}: {reason} of {name} is known; write {way}"
+    batch = space.sequences_per_step(None)
     if batch is not None:
-        return f"global_batch: no batch, accumulation and count of devices make {batch} sequences a step; write another"
+        return (
+            f"global_batch: no batch, accumulation and count of devices make {batch} sequences a step; "
+            "write another, --global-batch N"
+        )
     return "plan: no setup is left to choose from; give fewer settings, or more values of them"
 
 
 # --- predicting -------------------------------------------------------------------------------------------------------
 
 
-def _predicted(
-    space: Space, shape: ModelShape, request: RunRequest, unpriced: dict[str, None]
-) -> Iterator[_Candidates]:
+def _predicted(space: Space, shape: ModelShape, request: RunRequest, left_out: dict[str, str]) -> Iterator[_Candidates]:
     tokens = request.tokens(space.seq)
     sequences = space.sequences_per_step(tokens)
     for base in space.bases():
-        price = _price(base, space, request)
         assert base.accelerator is not None
         device = find_accelerator(base.accelerator)
-        if price is None or device.usable_bytes is None or device.matrix_flops(base.precision) is None:
-            unpriced[device.name] = None
+        price, usable_bytes = _price(base, space, request), device.usable_bytes
+        if usable_bytes is None:
+            left_out[device.name] = "no usable memory"
+        elif device.matrix_flops(base.precision) is None or device.bandwidth_bytes_per_second is None:
+            left_out[device.name] = f"no rate for {base.precision}"
+        elif price is None:
+            left_out[device.name] = "no price"
+        if price is None or usable_bytes is None or device.name in left_out:
             continue
         for part in _chunks(candidates(space, shape, base, sequences)):
             grid = setup_grid(base, **part)
             seconds = _step_seconds(shape, grid)
-            hours = seconds / grid.tokens_per_step * (tokens or _ASSUMED_TOKENS) / 3600
+            if tokens is None:
+                hours = seconds / grid.tokens_per_step * _ASSUMED_TOKENS / 3600
+            else:
+                hours = _run_hours(shape, base, part, seconds, request, tokens)
             yield _Candidates(
                 base=base,
                 numbers=part,
                 device_bytes=grid_device_bytes(shape, grid, reserve_bytes=request.reserve_bytes),
-                capacity_bytes=device.usable_bytes - request.reserve_bytes,
+                capacity_bytes=usable_bytes - request.reserve_bytes,
                 hours=hours,
                 usd=hours * grid.accelerators * price,
             )
@@ -159,10 +178,40 @@ def _predicted(
 def _price(base: Setup, space: Space, request: RunRequest) -> float | None:
     if space.owned:
         return 0.0
-    price = choose_price(
-        base.accelerator, given=request.price_usd_per_gpu_hour, provider=request.provider, spot=request.spot
-    )
+    try:
+        price = choose_price(
+            base.accelerator, given=request.price_usd_per_gpu_hour, provider=request.provider, spot=request.spot
+        )
+    except InputError:  # one that was not asked for by name makes way for those that the provider has
+        if len(space.accelerator_names()) == 1:
+            raise
+        return None
     return None if price is None else price.usd_per_gpu_hour.value
+
+
+def _run_hours(
+    shape: ModelShape, base: Setup, part: dict[str, Any], seconds: Any, request: RunRequest, tokens: int
+) -> Any:
+    """Hours of the whole run: of the fastest and the slowest for each count of devices as an estimate has them, of the
+    rest in between, since start-up, checkpoints and failures depend on the count and hardly on anything else."""
+    import numpy
+
+    grid = setup_grid(base, **part)
+    stepping = numpy.ceil(tokens / grid.tokens_per_step) * seconds
+    hours = numpy.empty_like(stepping)
+    for count in numpy.unique(part["accelerators"]):
+        places = numpy.flatnonzero(part["accelerators"] == count)
+        ends = places[[stepping[places].argmin(), stepping[places].argmax()]]
+        known = []
+        for index in ends:
+            chosen: dict[str, Any] = {name: int(values[index]) for name, values in part.items()}
+            setup = dataclasses.replace(base, data_parallel=None, **chosen).resolved()
+            clock = run_clock_of(
+                shape, setup, request, Interval.exactly(float(seconds[index])), checkpoint_estimate(shape, setup)
+            )
+            known.append(clock.middle_seconds(math.ceil(tokens / setup.tokens_per_step)))
+        hours[places] = numpy.interp(stepping[places], stepping[ends], known) / 3600
+    return hours
 
 
 def _step_seconds(shape: ModelShape, grid: SetupGrid) -> Any:
@@ -186,12 +235,13 @@ def _front(
     request: RunRequest,
     limits: Limits,
     fits: Callable[[Setup], bool] | None,
-) -> Iterator[Estimate]:
-    """Fastest first, each noticeably cheaper than the last; equals are decided by headroom."""
+) -> tuple[Estimate, ...]:
+    """Fastest first, each noticeably cheaper than the last; equals are decided by price, then by headroom."""
     import numpy
 
     if not found:
-        return
+        return ()
+    front: list[Estimate] = []
     owner = numpy.concatenate([numpy.full(len(kept), index) for index, (_, kept) in enumerate(found)])
     place = numpy.concatenate([kept for _, kept in found])
     hours, usd, taken = (
@@ -199,16 +249,26 @@ def _front(
         for name in ("hours", "usd", "device_bytes")
     )
     cheapest = float("inf")
-    for index in numpy.lexsort((taken, usd, hours)):
+    equals = numpy.floor(numpy.log(hours) / math.log1p(_NOTICEABLE))
+    for index in numpy.lexsort((taken, hours, usd, equals)):
         if not usd[index] < cheapest * (1 - _NOTICEABLE):
             continue
         setup = found[owner[index]][0].setup(int(place[index]))
         if fits is not None and not fits(setup):
             continue
         whole = estimate(setup, request=request)
-        if _keeps(whole, limits):
-            cheapest = float(usd[index])
-            yield whole
+        if not _keeps(whole, limits):
+            continue
+        cheapest = float(usd[index])
+        # Hours in bulk are rounded a little: what turns out slower than a cheaper one goes.
+        while front and _hours(front[-1]) >= _hours(whole) > 0:
+            front.pop()
+        front.append(whole)
+    return tuple(front)
+
+
+def _hours(whole: Estimate) -> float:
+    return 0.0 if whole.run is None else whole.run.hours.value
 
 
 def _keeps(whole: Estimate, limits: Limits) -> bool:

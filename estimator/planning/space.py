@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -65,7 +66,13 @@ class Space:
         if "accumulation" in self.given:
             return None
         wanted = PRETRAINING_TOKENS_PER_STEP if (tokens or 0) >= _PRETRAINING_TOKENS else FINE_TUNE_TOKENS_PER_STEP
-        return 1 << max(0, round(wanted / self.seq).bit_length() - 1)
+        odd = self._odd_part()
+        return odd << max(0, (round(wanted / self.seq) // odd).bit_length() - 1)
+
+    def _odd_part(self) -> int:
+        """What a global batch must divide by so that the counts and batches that were given can make it, twos apart."""
+        common = math.lcm(1, *self.given.get("accelerators", ()), *self.given.get("batch", ()))
+        return common // (common & -common)
 
     def accelerator_names(self) -> tuple[str, ...]:
         """Those that were given; else all that have a rate, a known memory and (unless owned) a price."""
@@ -75,7 +82,7 @@ class Space:
             device.name
             for device in accelerators().values()
             if device.usable_bytes is not None
-            and device.bf16_flops is not None
+            and any(device.matrix_flops(precision) for precision in self._values("precision"))
             and (self.owned or catalog_price(device.name) is not None)
         )
 

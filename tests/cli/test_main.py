@@ -188,6 +188,12 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_closed_output_is_no_error() -> None:
+    command = f"{sys.executable} -m vramcalc estimate --params 8e9 >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_and_the_doctor_answer() -> None:
     assert vramcalc("--version").stdout.startswith("vramcalc ")
     state = json.loads(vramcalc("doctor", "--json").stdout)

@@ -89,9 +89,21 @@ def test_a_narrow_terminal_is_kept_to() -> None:
         ("--model nano --gpu h1000", "accelerator"),
         ("--model nano --price 2 --provider Lambda", "price"),
         ("--model nano --method full,magic", "method"),
+        ("--model nano --budget 0", "budget"),
+        ("--model nano --deadline 0h", "deadline"),
+        ("--model nano --owned --price 3", "owned"),
+        ("--model nano --gpu h100 --gpus 1 --batch 2 --global-batch 7", "global_batch"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: str, named: str) -> None:
     done = run_plan(arguments)
     assert done.returncode == 2, done.stdout
     assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {named}"), done.stderr
+
+
+def test_a_part_of_an_epoch_is_told_to_train_in_steps() -> None:
+    done = run_plan("--model nano --gpu h100 --gpus 2 --samples 1000 --epochs 1.5 --json")
+    assert done.returncode == 0, done.stderr
+    for found in json.loads(done.stdout)["plans"]:
+        assert f"--samples 1000 --steps {found['run']['steps']} " in found["command"]
+        assert "--epochs" not in found["command"]

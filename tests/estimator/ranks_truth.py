@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -37,22 +39,26 @@ def measured_ranks(setups: Sequence[Setup]) -> list[list[dict[str, int]]]:
 
 
 def _run(setup: Setup) -> dict[str, int]:
+    gc.collect()  # the run before, so that it does not end within this one
     import numpy as np
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
 
     from estimator.build import build_model
-    from estimator.dryrun.sharded import shard
+    from estimator.dryrun.sharded import distribute
+    from estimator.dryrun.tensor_parallel import split_loss
     from harness.token_dataset import TokenDataset
     from harness.torch_loop import TorchLoop
     from profiler.cpu_memory import CpuMemoryMeter
 
-    alone = replace(setup, accelerators=1, data_parallel=1, sharding="none", shard_size=None)
+    alone = replace(setup, accelerators=1, data_parallel=1, tensor_parallel=1, sharding="none", shard_size=None)
     model: Any = build_model(alone)
     vocab = model.config.vocab_size
     meter = CpuMemoryMeter()
-    if setup.sharding == "fsdp":
-        shard(model, setup, init_device_mesh("cpu", (setup.accelerators,), mesh_dim_names=("shard",)))
+    if setup.sharding != "ddp":
+        sizes = {"shard": setup.data_ranks, "tensor": setup.tensor_parallel}
+        sizes = {name: size for name, size in sizes.items() if size > 1}
+        distribute(model, setup, init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
         # FSDP's policy takes the place of autocast.
         alone = replace(alone, precision=setup.precision.replace("bf16-mixed", "fp32"))
     held = _local(model)
@@ -65,7 +71,8 @@ def _run(setup: Setup) -> dict[str, int]:
     ids = np.random.default_rng(0).integers(0, vocab, (sequences, setup.seq))
     data = TokenDataset(ids, None, length=len(ids), seed=0)
     loop = TorchLoop(alone, model, data, on_phase=meter.enter)
-    loop.train(_STEPS)
+    with split_loss() if setup.tensor_parallel > 1 else contextlib.nullcontext():
+        loop.train(_STEPS)
     return {phase.phase: phase.allocated_bytes for phase in meter.stop().phases}
 
 
@@ -90,9 +97,27 @@ def _given_back(collective: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> None:
         work = collective(*args, **(kwargs | {"async_op": True}))
         work.wait()
-        plain(torch.empty(1))
+        plain(torch.empty(1), group=kwargs.get("group"))
         del work
 
+    return called
+
+
+def _functional_given_back(collective: Any) -> Any:
+    """The same of DTensor's collectives, whose work nobody else can hold: it ends with the wait."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    plain = dist.all_reduce
+
+    def called(*args: Any) -> Any:
+        found = collective(*args)
+        plain(torch.empty(1), group=distributed_c10d._resolve_process_group(args[-1]))
+        torch.ops._c10d_functional.wait_tensor(found)
+        return found
+
+    called.default = collective.default  # type: ignore[attr-defined]
     return called
 
 
@@ -112,12 +137,15 @@ def _one_thread() -> type:
 def main() -> None:
     import torch
     import torch.distributed as dist
-    from torch.distributed import distributed_c10d
+    from torch.distributed import _functional_collectives, distributed_c10d
 
     told, rendezvous, rank = sys.argv[1:]
     setups = [Setup(**values) for values in json.loads(told)]
     distributed_c10d.ProcessGroupGloo = _one_thread()
     dist.init_process_group("gloo", init_method=rendezvous, rank=int(rank), world_size=setups[0].accelerators)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        functional = _functional_collectives.torch.ops._c10d_functional  # which registers them as it is loaded
+        setattr(functional, name, _functional_given_back(getattr(functional, name)))
     for name in ("all_gather_single", "reduce_scatter_single", "all_reduce"):
         setattr(dist, name, _given_back(getattr(dist, name)))
     torch.manual_seed(0)

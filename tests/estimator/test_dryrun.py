@@ -139,7 +139,7 @@ def test_the_estimate_takes_its_memory_from_the_dry_run_when_asked() -> None:
         {"optimizer": "adamw-8bit", "accelerator": "cpu"},
         {"loss": "cut-cross-entropy", "precision": "fp32"},
         {"offload": "optimizer"},
-        {"framework": "torchtitan"},
+        {"framework": "megatron"},
         {"model": "8e9"},
         {"model": "grok-1-314b"},
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -29,17 +30,20 @@ def test_the_front_is_faster_and_dearer_in_order_and_fits() -> None:
     space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]}, most_accelerators=16)
     plans = plan(space, REQUEST, NO_LIMITS)
     assert len(plans.front) > 2 and plans.fitting <= plans.searched
-    hours = [found.time.step_seconds.value / found.setup.tokens_per_step for found in plans.front if found.time]
-    dollars = [h * found.setup.accelerators * _price(found) for h, found in zip(hours, plans.front, strict=True)]
-    assert hours == sorted(hours) and dollars == sorted(dollars, reverse=True)
+    paces = [_pace(found) for found in plans.front]
+    assert paces == sorted(paces) and [usd for _, usd in paces] == sorted((usd for _, usd in paces), reverse=True)
     assert all(found.fits.fits for found in plans.front)
     assert {found.setup.batch * found.setup.accumulation * found.setup.data_ranks for found in plans.front} == {64}
 
 
-def _price(found: object) -> float:
-    run = found.run  # type: ignore[attr-defined]
-    assert run is not None and run.price_usd_per_gpu_hour is not None
-    return float(run.price_usd_per_gpu_hour)
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_start_up_counts_in_the_front(tokens: int) -> None:
+    """A few steps on hundreds of devices are over at once, but several machines take minutes to start."""
+    space = Space.of({"model": ["qwen2.5-0.5b"], "seq": ["2048"]})
+    front = plan(space, RunRequest(dataset_tokens=tokens), NO_LIMITS).front
+    paces = [_pace(found) for found in front]
+    assert all(slow[0] > fast[0] and slow[1] < fast[1] for fast, slow in itertools.pairwise(paces))
+    assert front[0].setup.accelerators <= front[0].setup.gpus_per_node
 
 
 def test_no_setup_of_the_space_beats_a_plan_in_both() -> None:
@@ -68,9 +72,9 @@ def _beats(one: object, other: object) -> bool:
 
 
 def _pace(found: object) -> tuple[float, float]:
-    """(hours, dollars) of a token."""
-    hours = found.time.step_seconds.value / found.setup.tokens_per_step  # type: ignore[attr-defined]
-    return hours, hours * found.setup.accelerators * _price(found)  # type: ignore[attr-defined]
+    """(hours, dollars) of the whole run."""
+    run = found.run  # type: ignore[attr-defined]
+    return run.hours.value, run.cost_usd.value
 
 
 def test_limits_are_kept_by_the_whole_run() -> None:
@@ -145,6 +149,32 @@ def test_a_global_batch_that_nothing_makes_is_said() -> None:
         plan(space, REQUEST, NO_LIMITS)
 
 
+@pytest.mark.parametrize("given", [{"accelerators": ["3"]}, {"batch": ["5"]}, {"accelerators": ["6"], "batch": ["5"]}])
+def test_the_global_batch_divides_by_odd_counts_and_batches(given: dict[str, list[str]]) -> None:
+    space = Space.of({"model": ["nano"], "accelerator": ["h100"], "seq": ["2048"]} | given)
+    front = plan(space, REQUEST, NO_LIMITS).front
+    assert front
+    for found in front:
+        assert 32 <= found.setup.batch * found.setup.accumulation * found.setup.data_ranks <= 64
+
+
+def test_accelerators_that_a_provider_lacks_are_left_out() -> None:
+    for request in (RunRequest(dataset_tokens=10**8, spot=True), RunRequest(dataset_tokens=10**8, provider="Lambda")):
+        plans = plan(Space.of({"model": ["nano"]}, most_accelerators=8), request, NO_LIMITS)
+        assert plans.front and plans.left_out and set(plans.left_out.values()) == {"no price"}
+        assert not {found.setup.accelerator for found in plans.front} & set(plans.left_out)
+    with pytest.raises(InputError, match="no on-demand price of nobody for H100"):
+        plan(Space.of({"model": ["nano"], "accelerator": ["h100"]}), RunRequest(provider="nobody"), NO_LIMITS)
+    with pytest.raises(InputError, match="price: no price"):
+        plan(Space.of({"model": ["nano"]}), RunRequest(provider="nobody"), NO_LIMITS)
+
+
+@pytest.mark.parametrize("limits", [{"usd": 0.0}, {"usd": -3.0}, {"usd": float("nan")}, {"hours": 0.0}])
+def test_limits_that_nothing_keeps_are_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="out of range"):
+        Limits(**limits)
+
+
 def test_the_largest_is_where_the_estimate_turns() -> None:
     found = largest(Space.of(ONE_CARD | {"seq": ["512"]}), 2 * GIB)
     assert found.batch_setup and found.batch and found.seq_setup and found.seq
@@ -159,5 +189,9 @@ def test_the_largest_moves_to_where_a_judge_says() -> None:
     space = Space.of(ONE_CARD | {"seq": ["512"]})
     for most in (1, 5, 7, 8, 11, 30):
         assert largest(space, 0, fits=lambda setup, most=most: setup.batch <= most and setup.seq <= 1024).batch == most  # type: ignore[misc]
+    # Fragments: 8 does not fit, 9 would.
+    assert (
+        largest(space, 0, fits=lambda setup: setup.batch in (1, 2, 3, 4, 5, 6, 7, 9) and setup.seq <= 1024).batch == 7
+    )
     nothing = largest(space, 0, fits=lambda setup: False)
     assert nothing.batch is None and nothing.seq is None

@@ -91,3 +91,11 @@ def test_only_a_run_over_several_machines_may_take_much_longer_than_its_steps() 
     one, many = clock(Setup(model="llama-3.1-8b", accelerators=8)), clock(Setup(model="llama-3.1-8b", accelerators=64))
     long, longer = one.run(100_000).seconds, many.run(100_000).seconds
     assert long.high < 1.05 * long.value and longer.high > 1.75 * longer.value
+
+
+def test_more_epochs_than_steps_never_take_less() -> None:
+    setup = Setup(model="llama-3.2-1b", accelerators=512)
+    seconds = [
+        clock(setup, cadence=dataclasses.replace(ONCE, epochs=epochs)).seconds(1).value for epochs in (1.0, 3.0, 6.0)
+    ]
+    assert seconds == sorted(seconds)

@@ -64,7 +64,7 @@ def plan(
     where several values are given: --method full,lora,qlora.
     """
     from estimator.cost import RunRequest
-    from estimator.errors import DoesNotFitError
+    from estimator.errors import DoesNotFitError, InputError
     from estimator.planning.largest import largest
     from estimator.planning.search import Limits
     from estimator.planning.search import plan as search
@@ -77,6 +77,8 @@ def plan(
         most_accelerators=max_gpus or MOST_ACCELERATORS,
         owned=owned,
     )
+    if owned and (price is not None or provider is not None or spot or budget is not None):
+        raise InputError("owned: what is owned has no price; give --owned, or --price, --provider, --spot and --budget")
     request = RunRequest(
         dataset_tokens=None if dataset_tokens is None else parse_count(dataset_tokens, "dataset_tokens"),
         samples=None if samples is None else parse_count(samples, "samples"),
