@@ -16,6 +16,7 @@ from estimator.shape import ModelShape, active_parameters, count_parameters
 from estimator.states import placement, states, trainable_parameters, widths
 from estimator.traffic import (
     OPTIMIZER_OFFLOADS,
+    adapter_bytes,
     collective_bytes,
     elementwise_bytes,
     offload_bytes,
@@ -54,6 +55,8 @@ class StepWork:
     """What the matrix products read and write at least: inputs, weights, outputs, accumulated gradients."""
     expert_flops: Number = 0.0
     """Of ``matmul_flops``, the routed experts' products: small, and as many as there are experts."""
+    adapter_bytes: Number = 0.0
+    """Of ``elementwise_bytes``, what adapters add to frozen matrices."""
     scores_bytes: Number = 0.0
     """Traffic of attention matrices that are written out (eager attention)."""
     dequantize_bytes: Number = 0.0
@@ -135,6 +138,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     """Of one data-parallel rank; the layers of all its model-parallel devices share them."""
     layers = active_parameters(shape) - count.embedding - count.head - count.norm - count.other
     share = layers + count.other  # an inferred shape's remainder works like the rest
+    of_adapters = adapter_bytes(shape, setup, size, tokens) * passes.elementwise
     adapters = trainable_parameters(shape, setup) if setup.method in ("lora", "dora", "qlora") else 0
     # Recomputation stops at the last tensor that backward needs: the down projection is not run again.
     stopped = 0.0 if setup.checkpoint_reentrant else shape.plain_layers * shape.hidden * shape.plain_ffn
@@ -154,7 +158,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         matmul_flops=matmul / devices_of_model,
         head_flops=head / devices_of_model,
         attention_flops=attention * context / devices_of_model,
-        elementwise_bytes=elementwise_bytes(shape, setup, size, persistent, tokens) * passes.elementwise,
+        elementwise_bytes=elementwise_bytes(shape, setup, size, persistent, tokens) * passes.elementwise + of_adapters,
         logits_bytes=2.0 * of_logits * maximum(logits.backward, 2 * size.compute * shape.vocab / setup.tensor_parallel),
         optimizer_bytes=optimizer,
         communication_bytes=sent_bytes(setup, sent),
@@ -165,6 +169,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
             shape, setup, size, persistent, tokens, passes=passes.matmul, trained=passes.trained
         ),
         expert_flops=2.0 * tokens * experts * products / devices_of_model,
+        adapter_bytes=of_adapters,
         scores_bytes=scores_bytes(shape, setup, size)
         * tokens
         * setup.seq
@@ -213,8 +218,17 @@ def _context(shape: ModelShape, setup: Setup) -> tuple[Number, Number]:
 def _launches(shape: ModelShape, setup: Setup) -> Number:
     """Kernels: about 30 a layer forward and twice that backward; routing doubles them, and each expert that the device
     holds has matrix products of its own (one cuBLAS call each in TransformerEngine's grouped products, a loop in
-    transformers); fused and foreach optimizers a few a hundred tensors."""
+    transformers); quantized matrices are made whole before each product; fused and foreach optimizers a few a hundred
+    tensors."""
     recompute = 1.0 if setup.checkpointing == "full" else 0.0
     routed = shape.moe_layers * (30.0 + shape.matrices * shape.experts / setup.expert_parallel)
     per_pass = (30.0 * shape.layers + routed) / setup.pipeline_parallel + 20
-    return setup.accumulation * per_pass * (3.0 + recompute) + 2.0 * shape.layers
+    quantized: Number = 0.0
+    if setup.base_quantization:
+        quantized = _DEQUANTIZE_KERNELS * (4.0 + shape.matrices) * shape.layers * (2.0 + recompute)
+    passes = per_pass * (3.0 + recompute) + quantized / setup.pipeline_parallel
+    return setup.accumulation * passes + 2.0 * shape.layers
+
+
+_DEQUANTIZE_KERNELS = 3.0
+"""To make a quantized matrix whole: its scales, its codes, a cast."""

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from estimator.arrays import Number, is_plain, maximum, where
-from estimator.compute import StepWork, is_megatron
+from estimator.compute import StepWork, is_megatron, step_work
 from estimator.hardware import Accelerator
 from estimator.rates import Rates, rates
 from estimator.result import Part
@@ -46,6 +46,7 @@ COEFFICIENTS = tuple(
         ("attention", 2.2, 0.3, "x FLOPs that the kernel computes / peak of bf16"),
         ("operands", 0.75, 0.5, "x bytes of inputs, weights and outputs / bandwidth"),
         ("elementwise", 1.25, 0.5, "x bytes / bandwidth"),
+        ("adapters", 1.25, 0.5, "x bytes / bandwidth"),
         ("scores", 1.25, 0.5, "x bytes / bandwidth"),
         ("logits", 1.35, 0.5, "x bytes / bandwidth"),
         ("dequantize", 2.0, 0.6, "x bytes / bandwidth"),
@@ -95,12 +96,11 @@ def levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[st
             ("framework", framework),
             ("compile", compiled),
             ("loss", setup.loss),
-            ("method", setup.method),
         ),
         "logits": (("loss", setup.loss),),
         "dequantize": (("quantization", setup.base_quantization or "none"),),
         "optimizer": (("framework", framework),),
-        "launches": (("framework", framework), ("compile", compiled), ("method", setup.method)),
+        "launches": (("framework", framework), ("compile", compiled)),
         "routing": (("architecture", architecture),),
         "gathered": (("framework", framework), ("architecture", architecture)),
         "bubble": (("framework", framework),),
@@ -108,10 +108,8 @@ def levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[st
             ("framework", framework),
             ("accelerator", accelerator.name),
             ("framework and accelerator", f"{framework} {accelerator.name}"),
-            ("framework and checkpointing", f"{framework} {setup.checkpointing}"),
             engine,
             sharding,
-            ("method", setup.method),
             ("model", setup.model),
         ),
     }  # fmt: skip
@@ -174,7 +172,8 @@ def seconds_by_kind(work: StepWork, at: Rates, by: Mapping[str, Number]) -> dict
         "head": work.head_flops / at.half_flops * by["head"],
         "attention": work.kernel_attention_flops / at.half_flops * by["attention"]
         + work.scores_bytes / memory * by["scores"],
-        "elementwise": work.elementwise_bytes / memory * by["elementwise"],
+        "elementwise": (work.elementwise_bytes - work.adapter_bytes) / memory * by["elementwise"],
+        "adapters": work.adapter_bytes / memory * by["adapters"],
         "logits": work.logits_bytes / memory * by["logits"],
         "dequantization": work.dequantize_bytes / memory * by["dequantize"],
         "tensor parallelism": work.tensor_bytes * at.tensor * by["tensor"],
@@ -214,8 +213,7 @@ def formula_seconds(work: StepWork, setup: Setup, accelerator: Accelerator) -> t
         return None
     amounts = seconds_by_kind(work, at, multipliers(fitted_law(), setup, accelerator))
     total: Number = sum(amounts.values())
-    least = (work.matmul_flops + work.head_flops + work.attention_flops) / at.flops
-    longer = maximum(least / total, 1.0)
+    longer = maximum(_least_seconds(work, at) / total, 1.0)
     return tuple(
         Part(name=name, amount=amount * longer, formula=_FORMULAS[name], source="step law fitted to published runs")
         for name, amount in amounts.items()
@@ -223,11 +221,16 @@ def formula_seconds(work: StepWork, setup: Setup, accelerator: Accelerator) -> t
     )
 
 
+def _least_seconds(work: StepWork, at: Rates) -> Number:
+    return (work.matmul_flops + work.head_flops + work.attention_flops) / at.flops
+
+
 _FORMULAS = {
     "matrix products": "FLOPs / peak, and operands' bytes / bandwidth",
     "head": "FLOPs / peak of bf16",
     "attention": "FLOPs of unmasked blocks / peak of bf16",
     "elementwise": "bytes / bandwidth",
+    "adapters": "bytes / bandwidth",
     "logits": "bytes / bandwidth",
     "dequantization": "bytes / bandwidth",
     "tensor parallelism": "bytes / link",
@@ -261,12 +264,15 @@ def unseen(shape: ModelShape, setup: Setup, accelerator: Accelerator) -> tuple[s
 def step_interval(seconds: float, shape: ModelShape, setup: Setup, accelerator: Accelerator) -> Interval:
     """The 90% interval: as wide as rows of the evidence were off that the fit had left out, by what it had seen of them.
 
-    What several unseen things add is taken as independent."""
+    What several unseen things add is taken as independent. No end is faster than all products at the datasheet's peak."""
     (_, framework), *_ = levels(setup, accelerator, megatron=bool(is_megatron(setup)))["total"]
     widths = fitted_law().half_widths["experts" if shape.experts else "dense"]
     new = [widths[f"unknown {what}"] for what in unseen(shape, setup, accelerator)]
     width = max(widths.get(framework, 0.0), math.hypot(*new))
-    return Interval(value=seconds, low=seconds * math.exp(-width), high=seconds * math.exp(width))
+    at = rates(setup, accelerator)
+    least = 0.0 if at is None else float(_least_seconds(step_work(shape, setup), at))
+    low = min(seconds, max(seconds * math.exp(-width), least))
+    return Interval(value=seconds, low=low, high=seconds * math.exp(width))
 
 
 def layout(shape: ModelShape) -> tuple[int, int, int]:

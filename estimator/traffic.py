@@ -44,8 +44,7 @@ def operand_bytes(
 
 def elementwise_bytes(shape: ModelShape, setup: Setup, size: Widths, persistent: States, tokens: Number) -> Number:
     """Bytes of one forward pass of what is not a matrix product: norms and residuals read and write the stream twice
-    each, rotations and activations their tensors, adapters the inputs they drop out and the outputs they add to;
-    routing permutes tokens; autocast casts the weights anew for each micro-batch."""
+    each, rotations and activations their tensors; routing permutes tokens; autocast casts the weights anew for each micro-batch."""
     h, c = shape.hidden, size.compute
     stream = size.stream * h * (3.0 * shape.norms_per_layer + 6.0)
     rotation = c * 3.0 * (shape.query_width + shape.kv_width)
@@ -55,12 +54,23 @@ def elementwise_bytes(shape: ModelShape, setup: Setup, size: Widths, persistent:
         per_width * shape.ffn * (shape.active_experts + shape.shared_experts) + 4.0 * h * shape.active_experts
     )
     width = shape.layers * (stream + rotation) + shape.plain_layers * dense + shape.moe_layers * routed
-    if setup.method in ("lora", "dora", "qlora"):
-        modules = lora_modules(shape, setup.lora_targets)
-        width += shape.layers * c * sum(3.0 * inputs + 3.0 * outputs for _, inputs, outputs in modules)
     devices_of_model = setup.tensor_parallel * setup.pipeline_parallel * setup.context_parallel
     casts = 6.0 / 3.0 * setup.accumulation * persistent.linear if size.casts_weights else 0.0
     return tokens * width / devices_of_model + casts
+
+
+def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, tokens: Number) -> Number:
+    """Bytes of one forward pass of adapters: the inputs they drop out and the outputs they add to; DoRA scales the outputs
+    and, once a micro-batch, writes out the adapters' product, adds it to the matrix and takes the norms of the sum."""
+    if setup.method not in ("lora", "dora", "qlora"):
+        return 0.0
+    modules = lora_modules(shape, setup.lora_targets)
+    found = tokens / setup.context_parallel * sum(3.0 * inputs + 3.0 * outputs for _, inputs, outputs in modules)
+    if setup.method == "dora":
+        found = found + tokens / setup.context_parallel * sum(4.0 * outputs for _, _, outputs in modules)
+        # Forward alone, a third of the passes that the caller counts.
+        found = found + 6.0 / 3.0 * setup.accumulation * sum(inputs * outputs for _, inputs, outputs in modules)
+    return size.compute * shape.layers * found / setup.tensor_parallel / setup.pipeline_parallel
 
 
 def scores_bytes(shape: ModelShape, setup: Setup, size: Widths) -> float:

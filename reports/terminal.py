@@ -69,7 +69,11 @@ def describe_setup(setup: Setup) -> str:
         parts.append(f"{setup.checkpointing} checkpointing")
     if setup.sharding not in (None, "none"):
         parts.append(str(setup.sharding))
-    degrees = (("tensor", setup.tensor_parallel), ("pipeline", setup.pipeline_parallel), ("context", setup.context_parallel))
+    degrees = (
+        ("tensor", setup.tensor_parallel),
+        ("pipeline", setup.pipeline_parallel),
+        ("context", setup.context_parallel),
+    )
     parts += [f"{name} parallel {ranks}" for name, ranks in (*degrees, ("expert", setup.expert_parallel)) if ranks > 1]
     if setup.offload:
         parts.append(f"{setup.offload} offloaded")
