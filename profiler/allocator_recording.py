@@ -21,7 +21,7 @@ _SETTINGS = (
 
 
 def trace_document(snapshot: Mapping[str, Any], *, source: str, device: int = 0) -> dict[str, Any]:
-    """A snapshot (``torch.cuda.memory._snapshot()``) as the document that ``estimator.allocator_trace`` reads.
+    """A snapshot (``torch.cuda.memory._snapshot()``) as the document that ``estimator.allocator.trace`` reads.
 
     Of one device: events as ``[action, size, address, stream]``, blocks as ``[address, size, requested_size, state]``;
     stack frames, times and the other devices are left out.

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from estimator.allocator import CachingAllocator, OutOfMemoryError
-from estimator.allocator_blocks import SimulatedDevice, round_size, segment_size
+from estimator.allocator.blocks import SimulatedDevice, round_size, segment_size
 from estimator.units import GIB, KIB, MIB
 
 
@@ -274,6 +274,6 @@ def test_an_allocator_restored_from_a_snapshot_goes_on_alike() -> None:
 
 
 def test_the_model_needs_neither_torch_nor_numpy() -> None:
-    command = "import sys, estimator.allocator_replay; print({'torch', 'numpy'} & set(sys.modules))"
+    command = "import sys, estimator.allocator.replay; print({'torch', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from estimator.allocator import CachingAllocator, OutOfMemoryError
-from estimator.allocator_blocks import Device, Segment, round_size
-from estimator.allocator_replay import ReplayResult, main, replay
-from estimator.allocator_trace import read_trace
+from estimator.allocator.blocks import Device, Segment, round_size
+from estimator.allocator.replay import ReplayResult, main, replay
+from estimator.allocator.trace import read_trace
 from estimator.errors import InputError
 from estimator.units import MIB
 
@@ -399,9 +399,9 @@ GOOD: dict[str, Any] = {"events": [], "final_segments": [segment(512, 2 * MIB, (
     ("content", "says"),
     [
         (b"not gzip", "not a gzipped trace"),
-        (gzip.compress(b"x" * 10_000)[:-9], "damaged gzip file"),
-        (gzip.compress(b"not JSON"), "not JSON"),
-        (gzip.compress(b"\xff\xfe"), "not JSON"),
+        (gzip.compress(b"x" * 10_000, mtime=0)[:-9], "damaged gzip file"),
+        (gzip.compress(b"not JSON", mtime=0), "not JSON"),
+        (gzip.compress(b"\xff\xfe", mtime=0), "not JSON"),
         ([], "expected an object"),
         ({"events": []}, "'final_segments' is missing"),
         ({"final_segments": []}, "'events' is missing"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.allocator_trace import read_trace
+from estimator.allocator.trace import read_trace
 from estimator.setup import Setup
 from harness.point import Procedure, local_setup, run_point
 from profiler.device import LocalDevice

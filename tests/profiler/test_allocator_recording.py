@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.allocator_replay import replay
-from estimator.allocator_trace import read_trace
+from estimator.allocator.replay import replay
+from estimator.allocator.trace import read_trace
 from profiler.allocator_recording import RecordingMeter, trace_document, write_trace
 from profiler.memory import MemoryMeter, MemoryPeaks, PhasePeak
 

@@ -13,10 +13,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from estimator.allocator import CachingAllocator, OutOfMemoryError
-from estimator.allocator_blocks import Segment
-from estimator.allocator_start import device_bytes, initial_segments, reservation_starts, untouched
-from estimator.allocator_trace import ADDRESS_LIMIT, BLOCK_ACTIONS, SEGMENT_ACTIONS, Event, Trace, read_trace
+from estimator.allocator.blocks import Segment
+from estimator.allocator.caching import CachingAllocator, OutOfMemoryError
+from estimator.allocator.start import device_bytes, initial_segments, reservation_starts, untouched
+from estimator.allocator.trace import ADDRESS_LIMIT, BLOCK_ACTIONS, SEGMENT_ACTIONS, Event, Trace, read_trace
 from estimator.errors import InputError
 
 _GROWTH = ("segment_alloc", "segment_map")

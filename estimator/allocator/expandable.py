@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 
-from estimator.allocator_blocks import (
+from estimator.allocator.blocks import (
     FREE,
     LARGE_SEGMENT_BYTES,
     SHIFT,

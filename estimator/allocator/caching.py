@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 
-from estimator.allocator_blocks import (
+from estimator.allocator.blocks import (
     ADDRESS_MASK,
     ALLOCATED,
     AWAITING,
@@ -36,7 +36,7 @@ from estimator.allocator_blocks import (
     round_size,
     segment_size,
 )
-from estimator.allocator_expandable import ExpandableSegments, grown_size
+from estimator.allocator.expandable import ExpandableSegments, grown_size
 from estimator.units import GIB
 
 
@@ -367,11 +367,3 @@ class CachingAllocator:
                 released += block.size
                 self._release(block)
         return released >= wanted
-
-
-if __name__ == "__main__":
-    import sys
-
-    from estimator.allocator_replay import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from estimator.allocator_blocks import (
+from estimator.allocator.blocks import (
     LARGE_SEGMENT_BYTES,
     SMALL_BYTES,
     SMALL_SEGMENT_BYTES,
@@ -16,8 +16,8 @@ from estimator.allocator_blocks import (
     Segment,
     round_size,
 )
-from estimator.allocator_expandable import page_bytes
-from estimator.allocator_trace import BLOCK_ACTIONS, Trace, touched_segments
+from estimator.allocator.expandable import page_bytes
+from estimator.allocator.trace import BLOCK_ACTIONS, Trace, touched_segments
 from estimator.errors import InputError
 
 # The states that a block may be in when an action comes, None being an address without one, and the state that follows.

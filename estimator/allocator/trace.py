@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from estimator.allocator_blocks import Block, BlockState, Segment
+from estimator.allocator.blocks import Block, BlockState, Segment
 from estimator.errors import InputError
 
 SEGMENT_ACTIONS = ("segment_alloc", "segment_free", "segment_map", "segment_unmap")
