@@ -14,8 +14,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" sh benchmarks/demo.sh demo
 
+# Two processes, each file's tests in one of them: what a module's fixtures train is trained once.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,16 +1,22 @@
-"""The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED [fsdp]]]``.
+"""The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED [KIND]]]``.
 
 Prints the percentiles of |formula / dry run - 1| of the allocated peak, by method and in all, and the worst setups: on one
-device, or (``fsdp``) sharded over 2 to 64.
+device, or with the KIND ``fsdp`` or ``parallel`` (DDP, ZeRO, hybrid sharding, tensor parallelism) over 2 to 64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import random
 import sys
+import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from estimator.catalog import resolve_model
 from estimator.dryrun.run import dry_run
@@ -21,9 +27,14 @@ from estimator.score import percentile
 from estimator.setup import QUANTIZATIONS, Setup
 
 MODELS = (
-    "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "tinyllama-1.1b", "qwen1.5-0.5b", "llama-3.2-3b", "phi-2", "qwen3-4b",
-    "mistral-7b", "llama-3.1-8b", "qwen3-30b-a3b", "mixtral-8x7b",
+    "qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "tinyllama-1.1b", "qwen1.5-0.5b", "llama-3.2-3b", "qwen3-4b", "mistral-7b",
+    "llama-3.1-8b", "smollm2-360m", "powerlm-3b", "phi-2", "phi-1.5", "gemma-2b", "gemma-2-9b", "gpt2-124m", "gpt2-large",
+    "opt-1.3b", "pythia-1b", "santacoder", "bloom-7b1", "falcon-7b", "nemotron4-15b", "qwen3-30b-a3b", "mixtral-8x7b",
+    "gpt-oss-20b", "deepseek-v3-16b-titan-flavor",
 )  # fmt: skip
+"""One or more of every family that the dry run builds."""
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+"""Of random shapes."""
 METHODS = ("full", "full", "full", "lora", "lora", "dora", "qlora", "freeze")
 PRECISIONS = ("bf16", "bf16", "bf16-mixed", "bf16-mixed", "fp16-mixed", "fp32")
 LOSSES = (
@@ -61,28 +72,26 @@ def draw(seed: int) -> Iterator[Setup]:
     while True:
         method = chance.choice(METHODS)
         adapters = method in ("lora", "dora", "qlora")
-        model = chance.choice(MODELS)
+        model = chance.choice(MODELS) if chance.random() < 0.8 else drawn_shape(chance)
         shape = resolve_model(model)
-        checkpointing = chance.choice(("none", "none", "full", "full", "selective"))
-        targets = chance.choice(TARGETS)
-        if shape.experts and (checkpointing == "selective" or method == "dora" or targets == "all-linear"):
-            continue  # torch, peft, or the formula (adapters on every expert) does not do it
-        precision = chance.choice(PRECISIONS)
+        compiled = chance.random() < 0.12
         setup = Setup(
             model=model,
             framework=chance.choice(("hf-trainer", "hf-trainer", "torch-loop")),
             accelerator=chance.choice(("A100-SXM-80GB", "H100-SXM-80GB")),
             method=method,
             lora_rank=chance.choice((8, 16, 64)) if adapters else None,
-            lora_targets=targets if adapters else None,
+            lora_targets=chance.choice(TARGETS) if adapters else None,
             trainable_layers=chance.randint(1, shape.layers) if method == "freeze" else None,
             base_quantization=chance.choice(QUANTIZATIONS) if method == "qlora" else None,
-            precision=precision,
+            precision=chance.choice(PRECISIONS),
             optimizer=chance.choice(OPTIMIZERS),
             zero_grad=chance.choice(("none", "none", "zero")),
-            checkpointing=checkpointing,
+            checkpointing=chance.choice(("none", "none", "full", "full", "selective")),
             attention=chance.choice(("sdpa", "sdpa", "flash", "eager")),
-            loss=chance.choice(LOSSES),
+            loss="standard" if compiled else chance.choice(LOSSES),
+            compile=compiled,
+            offload="activations" if not compiled and chance.random() < 0.08 else None,
             seq=chance.choice((256, 512, 1024, 2048, 4096)),
             batch=chance.choice((1, 1, 2, 4, 8)),
             accumulation=chance.choice((1, 1, 2)),
@@ -92,6 +101,30 @@ def draw(seed: int) -> Iterator[Setup]:
         except InputError:
             continue
         yield setup
+
+
+def drawn_shape(chance: random.Random) -> str:
+    """The path of a config.json with a random shape; the same content has the same path."""
+    heads = chance.choice((8, 12, 16, 32))
+    head_dim = chance.choice((64, 128))
+    config = {
+        "model_type": chance.choice(FAMILIES),
+        "hidden_size": heads * chance.choice((64, 128)),
+        "num_hidden_layers": chance.choice((4, 9, 16, 30)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": chance.choice((heads, heads // 4)),
+        "head_dim": head_dim,
+        "intermediate_size": 256 * chance.randint(6, 56),
+        "vocab_size": 64 * chance.randint(250, 2400),
+        "tie_word_embeddings": chance.random() < 0.5,
+    }
+    if config["model_type"] == "qwen2":
+        config["hidden_size"] = heads * head_dim  # its config knows no other
+    text = json.dumps(config)
+    file = Path(tempfile.gettempdir()) / f"vramcalc-shapes-{os.getuid()}" / f"{zlib.crc32(text.encode()):08x}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return str(file)
 
 
 def draw_sharded(seed: int) -> Iterator[Setup]:
@@ -115,6 +148,50 @@ def draw_sharded(seed: int) -> Iterator[Setup]:
             batch=chance.choice((1, 1, 2)),
             accumulation=chance.choice((1, 1, 2)),
         )
+
+
+_PARALLEL: tuple[dict[str, Any], ...] = (
+    {"sharding": "ddp"},
+    {"sharding": "zero1", "framework": "hf-trainer+deepspeed"},
+    {"sharding": "zero2", "framework": "hf-trainer+deepspeed"},
+    {"sharding": "zero3", "framework": "hf-trainer+deepspeed"},
+    {"sharding": "fsdp", "shard_size": 2},
+    {"sharding": "none", "framework": "torchtitan", "tensor_parallel": 2},
+    {"sharding": "fsdp", "framework": "torchtitan", "tensor_parallel": 2},
+)
+
+
+def draw_parallel(seed: int) -> Iterator[Setup]:
+    """Random setups of other parallelism than plain FSDP, without end; the same for the same seed."""
+    chance = random.Random(seed)
+    while True:
+        kind = chance.choice(_PARALLEL)
+        tensor, zero = kind.get("tensor_parallel", 1), str(kind["sharding"]).startswith("zero")
+        ranks = tensor if kind["sharding"] == "none" else chance.choice((2, 4, 8, 8, 32))
+        setup = Setup(
+            model=chance.choice(("llama-3.2-1b", "llama-3.2-3b", "qwen3-4b", "mistral-7b")),
+            accelerator="H100-SXM-80GB",
+            accelerators=max(ranks, 2 * tensor if kind["sharding"] == "fsdp" else tensor),
+            method=chance.choice(("full", "full", "lora")) if tensor == 1 else "full",
+            precision="bf16-mixed" if zero else chance.choice(("bf16-mixed", "bf16-mixed", "bf16", "fp32")),
+            optimizer="adamw-fused",
+            checkpointing=chance.choice(("none", "full", "full")),
+            loss=chance.choice(("standard", "standard", "chunked", "fused-kernel", "fused-linear"))
+            if tensor == 1
+            else "standard",
+            seq=chance.choice((512, 1024, 2048, 4096)),
+            batch=chance.choice((1, 1, 2)),
+            accumulation=chance.choice((1, 1, 2)),
+            **kind,
+        )
+        try:
+            check_possible(resolve_model(setup.model), setup.resolved())
+        except InputError:
+            continue
+        yield setup
+
+
+_DRAWS = {"one": draw, "fsdp": draw_sharded, "parallel": draw_parallel}
 
 
 def compare(setup: Setup) -> Gap | None:
@@ -153,9 +230,9 @@ def report(gaps: list[Gap]) -> Iterator[str]:
         yield f"{100 * gap.relative:+6.2f}% {gap.dry_bytes / 2**30:6.2f} GiB {phases}: {stated(gap.setup)}"
 
 
-def main(count: int, seed: int, *, sharded: bool) -> None:
+def main(count: int, seed: int, kind: str) -> None:
     gaps: list[Gap] = []
-    for setup in (draw_sharded if sharded else draw)(seed):
+    for setup in _DRAWS[kind](seed):
         gap = compare(setup)
         if gap is not None:
             gaps.append(gap)
@@ -167,4 +244,4 @@ def main(count: int, seed: int, *, sharded: bool) -> None:
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:3]]
-    main(*[*numbers, *(200, 1)[len(numbers) :]], sharded="fsdp" in sys.argv[3:])
+    main(*[*numbers, *(200, 1)[len(numbers) :]], (sys.argv[3:] or ["one"])[0])

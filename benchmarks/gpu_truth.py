@@ -8,23 +8,27 @@ Run it again to go on. Without a GPU the same points run in a tiny form on the C
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.own_results import RESULTS
-from benchmarks.truth_points import MATRIX, LeftOut, TruthPoint, truth_points
+from benchmarks.truth_points import EDGE, MATRIX, LeftOut, TruthPoint, missing_edges, truth_points
 from estimator.errors import InputError, MissingError
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
-from estimator.units import parse_bytes
+from estimator.units import GIB, parse_bytes
 from harness.cuda_process import device_facts
 from harness.fork_server import CallEndedError, ForkServer, Limits
-from harness.point import Procedure
+from harness.point import Procedure, run_key
 from harness.sweep import OUT_OF_TIME, FreshProcessExecutor, PointLimits, plan_sweep, run_sweep
 from profiler.device import LocalDevice, local_device
 from profiler.files import write_whole
@@ -33,6 +37,13 @@ from vramcalc.sweep_display import SweepDisplay
 
 TRACES = "traces"
 ENVIRONMENT = "environment.json"
+_SMALL_CHECKPOINT_BYTES = 4 * GIB
+_DISK_SHARE = 0.8
+_DISK_BYTES_PER_SECOND = 5e8
+"""At least, of any disk that such a machine has."""
+_CHECKPOINT_SETTINGS = (
+    "framework", "model", "method", "lora_rank", "lora_targets", "trainable_layers", "base_quantization", "precision", "optimizer",
+)  # fmt: skip
 _LEAST_SECONDS = {"cuda": 12.0, "cpu": 3.0}
 """What must be left for another point to be begun."""
 
@@ -51,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     procedure = Procedure(
         warmup_steps=given.warmup_steps,
         timed_steps=given.timed_steps,
-        checkpoint_limit_bytes=parse_bytes(given.checkpoint_limit, "checkpoint_limit"),
+        checkpoint_limit_bytes=None
+        if given.checkpoint_limit is None
+        else parse_bytes(given.checkpoint_limit, "checkpoint_limit"),
         cache=given.cache,
     )
     if given.list:
@@ -59,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{point.why:12} {_text(point.setup)}{'  traced' if point.traced else ''}")
         return 0
     runs = _measure(points, device, procedure, out, end=end, timeout=given.timeout)
-    _report(runs, len(points), out)
+    _report(runs, max(len(points), len(runs)), out)
     return 0
 
 
@@ -79,43 +92,84 @@ def _measure(
     timeout: float,
 ) -> tuple[MeasuredRun, ...]:
     traced = {point.setup for point in points if point.traced} if device.kind == "cuda" else set[Setup]()
-    with RunStore(out, table=CSV_TABLE) as store:
+    least = _LEAST_SECONDS[device.kind]
+
+    def goes_on() -> bool:
+        return end is None or time.monotonic() + least < end
+
+    with RunStore(out, table=CSV_TABLE) as store, contextlib.ExitStack() as opened:
         # What the end of the time cut off has not been measured.
         known = [run for run in store.runs if not (run.reason or "").startswith(OUT_OF_TIME)]
-        planned = plan_sweep([point.setup for point in points], known, procedure=procedure, device=device)
-        names = {point.setup: point.run for point in planned}
-        least = _LEAST_SECONDS[device.kind]
-
-        def goes_on() -> bool:
-            return end is None or time.monotonic() + least < end
-
-        measured = tuple(point.measured for point in planned if point.measured is not None)
-        if len(measured) == len(planned) or not goes_on():
-            return measured
-        print(f"{len(planned)} points on {device.description}; importing torch ...", file=sys.stderr)
-        with _server(device, out) as server, SweepDisplay() as display:
-            executor = _TruthExecutor(
-                server,
-                procedure,
-                device,
-                PointLimits(timeout_seconds=timeout, end=end),
-                trace=lambda s: out.resolve() / TRACES / f"{names[s]}.json.gz" if s in traced else None,
-            )
-            return run_sweep(
-                planned,
-                store,
-                executor,
-                steps=procedure.steps,
-                on_progress=display.show,
-                goes_on=goes_on,
-            )
+        setups, edges = [point.setup for point in points], [point.setup for point in points if point.why == EDGE]
+        executor: _TruthExecutor | None = None
+        while True:
+            planned = plan_sweep(setups, known, procedure=procedure, device=device)
+            measured = tuple(point.measured for point in planned if point.measured is not None)
+            if len(measured) < len(planned):
+                if not goes_on():
+                    return measured
+                if executor is None:
+                    print(f"{len(planned)} points on {device.description}; importing torch ...", file=sys.stderr)
+                    executor = _TruthExecutor(
+                        opened.enter_context(_server(device, out)),
+                        procedure,
+                        device,
+                        PointLimits(timeout_seconds=timeout, end=end),
+                        trace=lambda s: (
+                            out.resolve() / TRACES / f"{run_key(s, procedure, device)}.json.gz" if s in traced else None
+                        ),
+                    )
+                    executor.have_written(known)
+                    display = opened.enter_context(SweepDisplay())
+                measured = run_sweep(
+                    planned, store, executor, steps=procedure.steps, on_progress=display.show, goes_on=goes_on
+                )
+            ended = {run.run: run.outcome for run in measured}
+            further = missing_edges(edges, {point.setup: ended.get(point.run) for point in planned})
+            if not further:
+                return measured
+            known, setups, edges = [*known, *measured], setups + further, edges + further
 
 
 class _TruthExecutor(FreshProcessExecutor):
-    """A point that cannot be run is a row that says so: nothing is built beforehand, and the first point reads the data."""
+    """A point that cannot be run is a row that says so: nothing is built beforehand, and the first point reads the data.
+
+    Without a limit of the procedure's own, large checkpoints are written once of each kind: what is in them does not depend
+    on the batch, and they take longer than the steps.
+    """
+
+    def __init__(self, *arguments: Any, **further: Any) -> None:
+        super().__init__(*arguments, **further)
+        self._given = self._procedure
+        self._written: set[tuple[object, ...]] = set()
+
+    def have_written(self, runs: Sequence[MeasuredRun]) -> None:
+        """The checkpoints of ``runs`` need not be written again."""
+        self._written |= {_checkpoint_kind(run.setup) for run in runs if run.checkpoint_bytes}
 
     def check(self, setups: Sequence[Setup]) -> None:
         pass
+
+    def run(self, setup: Setup, scratch: Path, log: Path) -> MeasuredRun:
+        if self._given.checkpoint_limit_bytes is None:
+            known = _checkpoint_kind(setup) in self._written
+            limit = checkpoint_limit_bytes(shutil.disk_usage(scratch).free, self._limits.timeout_seconds, known=known)
+            self._procedure = replace(self._given, checkpoint_limit_bytes=limit)
+        run = super().run(setup, scratch, log)
+        self.have_written([run])
+        return run
+
+
+def checkpoint_limit_bytes(free_bytes: int, timeout_seconds: float, *, known: bool) -> int:
+    """The largest checkpoint to write: most of what is free, and what is written in half of a point's time. known: one of
+    the same kind was written, so that only a small one is worth its time."""
+    most = min(_DISK_SHARE * free_bytes, _DISK_BYTES_PER_SECOND * timeout_seconds / 2)
+    return round(min(most, _SMALL_CHECKPOINT_BYTES) if known else most)
+
+
+def _checkpoint_kind(setup: Setup) -> tuple[object, ...]:
+    """What a checkpoint's size depends on."""
+    return tuple(getattr(setup, name) for name in _CHECKPOINT_SETTINGS)
 
 
 def _server(device: LocalDevice, out: Path) -> ForkServer:
@@ -191,8 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timed-steps", type=int, default=5)
     parser.add_argument(
         "--checkpoint-limit",
-        default="4GiB",
-        help="larger checkpoints are not written (default 4GiB; they are counted exactly)",
+        help="larger checkpoints are not written (default: by the free disk; above 4 GiB one of each kind)",
     )
     parser.add_argument("--matrix", type=Path, default=MATRIX)
     parser.add_argument("--cache", type=Path, help="where the tokens are kept")

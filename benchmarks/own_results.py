@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from estimator.measured import MeasuredRun, columns, to_row
 from profiler.store import read_runs, table_of
 
 RESULTS = Path(__file__).with_name("results")
+_OWN_LOAD = 0.5
+"""Of the load average beyond the cores: the process that measures others, and what a system does by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,26 @@ def is_held_back(run: str) -> bool:
     return int(hashlib.sha256(run.encode()).hexdigest(), 16) % 3 == 0
 
 
+def times_count(run: MeasuredRun) -> bool:
+    """The rule: by the environment of the row, no more processes wanted a core in its minute than there are cores."""
+    facts = json.loads(run.environment or "{}")
+    load, cores = facts.get("load_average"), facts.get("cores")
+    return load is None or cores is None or load <= cores + _OWN_LOAD
+
+
+def _without_times(run: MeasuredRun) -> MeasuredRun:
+    return dataclasses.replace(
+        run,
+        step_seconds=None,
+        step_seconds_spread=None,
+        timed_steps=None,
+        tokens_per_second_per_accelerator=None,
+        model_tflops_per_accelerator=None,
+        checkpoint_seconds=None,
+        energy_joules=None,
+    )
+
+
 def own_results(directory: Path = RESULTS) -> list[OwnResults]:
     """Every directory under ``directory`` that holds a table, in the order of their names. Raises InputError for a bad one."""
     found = []
@@ -46,7 +70,9 @@ def own_results(directory: Path = RESULTS) -> list[OwnResults]:
 
 
 def _part(runs: Iterable[MeasuredRun], held_back: bool) -> tuple[MeasuredRun, ...]:
-    return tuple(run for run in runs if is_held_back(run.run) is held_back)
+    """What was timed on a machine that others kept busy keeps its memory and its checkpoint alone."""
+    chosen = (run for run in runs if is_held_back(run.run) is held_back)
+    return tuple(run if times_count(run) else _without_times(run) for run in chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ _EDGE_SHARES = (0.97, 1.0)
 _OVER_SHARE = 1.04
 """The smallest batch that is predicted to need this much runs out of memory, or the prediction is wrong."""
 _LARGEST_EDGE = 4096
+_EDGE_STEP = 0.06
+"""Of the batch: how much further out the edge is looked for where the prediction missed it."""
 _HOPELESS_SHARE = 1.1
 """Points that are predicted to need more are not tried."""
 
@@ -112,6 +114,25 @@ def _largest_batch(setup: Setup, bytes: float) -> int:
     return low
 
 
+def missing_edges(tried: Sequence[Setup], outcomes: Mapping[Setup, str | None]) -> list[Setup]:
+    """What to run next, so that each edge has a batch that fits and a larger one that does not: larger ones where all of
+    ``tried`` fitted, smaller ones where none did. Empty once there are both, or where a run ended for another reason."""
+    groups: dict[Setup, dict[int, str | None]] = {}
+    for setup in tried:
+        groups.setdefault(dataclasses.replace(setup, batch=1), {})[setup.batch] = outcomes.get(setup)
+    further = []
+    for one, found in groups.items():
+        if set(found.values()) == {"ok"}:
+            batch = max(found) + max(round(_EDGE_STEP * max(found)), 1)
+        elif set(found.values()) == {"oom"}:
+            batch = min(found) - max(round(_EDGE_STEP * min(found)), 1)
+        else:
+            continue
+        if 1 <= batch <= 2 * _LARGEST_EDGE:
+            further.append(dataclasses.replace(one, batch=batch))
+    return further
+
+
 @functools.cache
 def predicted_bytes(setup: Setup) -> float:
     """Of the device, by the formula."""
@@ -146,8 +167,6 @@ def _obstacle(setup: Setup, device: LocalDevice, *, edge: bool) -> str | None:
             return f"{package} is not installed"
     if device.kind != "cuda" and "fp16" in (setup.precision, setup.precision.removesuffix("-mixed")):
         return "fp16 needs a GPU"
-    if setup.base_quantization and not Path(setup.model).exists():
-        return "quantizes pretrained weights, and none are here"
     try:
         local = local_setup(setup, device)
         if not edge and predicted_bytes(local) > _HOPELESS_SHARE * device.capacity_bytes:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from estimator.arrays import Number
 from estimator.conventions import conventions
+from estimator.layer_facts import layer_facts
+from estimator.lora_targets import adapted_matrices
 from estimator.setup import Setup
-from estimator.shape import ModelShape, lora_modules
+from estimator.shape import ModelShape
 from estimator.states import Widths
 
 BITSANDBYTES = ("nf4", "nf4-dq", "int8")
@@ -23,7 +25,7 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     if setup.method.startswith("adapter"):
         return _prompt_adapter_bytes(shape, setup, size)
     assert setup.lora_rank is not None
-    modules = lora_modules(shape, setup.lora_targets)
+    modules = adapted_matrices(shape, setup)
     convention = conventions(setup)
     quantized = 0.0
     if convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
@@ -39,9 +41,15 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     copied = size.autocast or size.weight != size.trained
     if setup.base_quantization in BITSANDBYTES and size.autocast and not size.casts_weights:
         copied = False  # peft's adapters beside bitsandbytes' matrices leave casting to autocast
-    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+    inputs = {"gate_proj": "mlp", "up_proj": "mlp"} | dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"
+    )
     kept = {inputs.get(name, name): width for name, width, _ in modules if name != "o_proj"}
-    total = element * (sum(width for _, width, _ in modules) if copied else sum(kept.values()))
+    copies = [width for name, width, _ in modules if not (name == "o_proj" and leaves_casting(setup, size))]
+    if setup.compile and copied:  # one cast for all that read the same tensor
+        copied = False
+        kept |= {} if size.autocast else {name: width for name, width, _ in modules if name == "o_proj"}
+    total = element * (sum(copies) if copied else sum(kept.values()))
     total += element * setup.lora_rank * len(modules)
     if setup.method == "dora":
         # What the magnitude scales: the adapter's product and the base's, which loses its bias first (in the bias's type).
@@ -49,10 +57,15 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
             biased = (
                 size.casts_weights
                 and name[0] in shape.attention_bias
-                and name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+                and name.endswith(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"))
             )
             total += (element + (size.weight if biased else size.compute)) * outputs
     return total / setup.tensor_parallel
+
+
+def leaves_casting(setup: Setup, size: Widths) -> bool:
+    """peft's adapters beside bitsandbytes' matrices leave casting to autocast: what is half already is not copied."""
+    return setup.base_quantization in BITSANDBYTES and size.autocast
 
 
 def _prompt_adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
@@ -69,18 +82,18 @@ def _prompt_adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Numb
 
 
 def eight_bit_input_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
-    """bitsandbytes' int8 product keeps its input on its context: the norms' outputs, attention's, and the down projection's."""
+    """bitsandbytes' int8 product keeps its input on its context: the norms' outputs and the down projection's (attention's output
+    is counted with attention)."""
     if setup.base_quantization != "int8":
         return 0.0
-    inputs = size.stream * (shape.norms_per_layer * shape.hidden + shape.plain_ffn) + size.compute * shape.value_width
-    return inputs / setup.tensor_parallel
+    return size.stream * (shape.norms_per_layer * shape.hidden + shape.plain_ffn) / setup.tensor_parallel
 
 
 def dora_temporaries(shape: ModelShape, setup: Setup) -> float:
     """DoRA multiplies an identity matrix through an adapter to know the norm of the adapted matrix: bytes at its worst."""
     if setup.method != "dora":
         return 0.0
-    return max(4.0 * inputs * (inputs + 4 * outputs) for _, inputs, outputs in lora_modules(shape, setup.lora_targets))
+    return max(4.0 * inputs * (inputs + 4 * outputs) for _, inputs, outputs in adapted_matrices(shape, setup))
 
 
 def selective_bytes(shape: ModelShape, setup: Setup, size: Widths) -> tuple[float, float]:
@@ -90,13 +103,17 @@ def selective_bytes(shape: ModelShape, setup: Setup, size: Widths) -> tuple[floa
     Compiled, a product that backward needs for nothing is not saved: the last one.
     """
     h, f, q, kv = shape.hidden, shape.plain_ffn, shape.query_width, shape.kv_width
-    projections = [("q_proj", q), ("k_proj", kv), ("v_proj", kv), ("o_proj", h)]
+    projections = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
+    if layer_facts(shape.family).fused_qkv:
+        projections = [("qkv_proj", q + 2 * kv)]
+    projections.append(("o_proj", h))
     projections += [("gate_proj", f)] * (shape.matrices - 2) + [("up_proj", f), ("down_proj", h)]
     adapted = {}
     if setup.method in ("lora", "dora", "qlora"):
-        adapted = {name: inputs for name, inputs, _ in lora_modules(shape, setup.lora_targets)}
-    # bitsandbytes' products are functions of their own, GPTQ's are plain ones with the dequantized matrix.
-    opaque = setup.base_quantization in BITSANDBYTES
+        adapted = {name: inputs for name, inputs, _ in adapted_matrices(shape, setup)}
+    # LLM.int8() has kernels of its own; the others' products are plain ones with the dequantized matrix, in half.
+    opaque = setup.base_quantization == "int8"
+    base_width = min(size.compute, 2.0) if setup.base_quantization else size.compute
     saved, fixed, plain = 0.0, 0.0, 0
     for name, width in projections:
         biased = shape.mlp_bias if name.split("_")[0] in ("gate", "up", "down") else name[0] in shape.attention_bias
@@ -113,5 +130,5 @@ def selective_bytes(shape: ModelShape, setup: Setup, size: Widths) -> tuple[floa
             unused = setup.compile and name == "down_proj"
             if (has_bias or plain % 2 == 1) and not unused:
                 base = position == 0 and not opaque
-                saved += outputs * (size.compute if base or size.autocast else size.trained)
+                saved += outputs * (base_width if base else size.compute if size.autocast else size.trained)
     return saved + size.compute * shape.value_width + 4 * shape.heads, fixed

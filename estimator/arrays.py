@@ -13,14 +13,17 @@ Number = Any
 """A number, or an array of them."""
 
 
+_PLAIN = (int, float)
+
+
 def is_plain(value: Number) -> bool:
     """Whether ``value`` is one number (or truth value), not an array."""
-    return isinstance(value, int | float)
+    return isinstance(value, _PLAIN)
 
 
 def maximum(first: Number, second: Number) -> Number:
     """The larger, element by element."""
-    if is_plain(first) and is_plain(second):
+    if isinstance(first, _PLAIN) and isinstance(second, _PLAIN):
         return first if first >= second else second
     import numpy
 
@@ -29,7 +32,7 @@ def maximum(first: Number, second: Number) -> Number:
 
 def minimum(first: Number, second: Number) -> Number:
     """The smaller, element by element."""
-    if is_plain(first) and is_plain(second):
+    if isinstance(first, _PLAIN) and isinstance(second, _PLAIN):
         return first if first <= second else second
     import numpy
 
@@ -47,7 +50,7 @@ def where(condition: Number, true: Number, false: Number) -> Number:
 
 def either(first: Number, second: Number) -> Number:
     """Logical or."""
-    if is_plain(first) and is_plain(second):
+    if isinstance(first, _PLAIN) and isinstance(second, _PLAIN):
         return bool(first or second)
     import numpy
 

@@ -1,6 +1,6 @@
 """Buffers of communication on a device: gathered parameters, gradients on their way, and the pools that keep them.
 
-Read off torch's FSDP2 and reducer; DeepSpeed's are in ``estimator.zero``.
+Read off torch's FSDP2 and reducer; DeepSpeed's are in ``estimator.zero``, FSDP1's in ``estimator.flat_parameters``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.arrays import Number, maximum, minimum, where
-from estimator.conventions import conventions
+from estimator.conventions import conventions, shards_flat
+from estimator.flat_parameters import FlatUnits
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.states import QUANTIZED_BYTES, Placement, States, Widths, accumulates_in_fp32
@@ -31,6 +32,20 @@ class Buffers:
     def engine(self) -> Engine:
         """DeepSpeed's, where ZeRO shards."""
         return Engine(shape=self.shape, setup=self.setup, place=self.place, states=self.states)
+
+    @property
+    def flat(self) -> FlatUnits | None:
+        """FSDP1's, where the setup has it."""
+        if not shards_flat(self.setup):
+            return None
+        return FlatUnits(
+            shape=self.shape,
+            setup=self.setup,
+            width=self.size.compute,
+            layer_width=self._layer_width,
+            states=self.states,
+            layers=self.layers,
+        )
 
     @property
     def _layer_width(self) -> float:
@@ -68,8 +83,8 @@ class Buffers:
         """
         width, head, layer, tied = self.size.compute, self.states.embedding, self._layer, self.shape.tied_embeddings
         adapters = self.setup.method in ("lora", "dora", "qlora")
-        if phase == "forward" and conventions(self.setup).loads_unsharded:
-            return width * self.states.total
+        if self.flat is not None:
+            return self.flat.gathered(phase)
         if not self.setup.reshard_after_forward:  # and the head's all-gather put out as much
             return width * (self.states.total + (head if phase == "forward" and not tied else 0.0))
         if phase == "forward":  # the head, and what the last all-gather put out
@@ -81,26 +96,44 @@ class Buffers:
             return (
                 stays + self._layer_width * 2 * layer + self.states.gradient_width * self.states.trainable / self.layers
             )
-        # The layer itself, the one that is fetched ahead, and the unit's gradients that are being reduced.
+        # The layer itself, the one that is fetched ahead, the unit's gradients that are being reduced, and of its own those of
+        # the down projection, which come first.
         reduced = maximum(layer, head) if phase == "head" and not tied else layer
-        return stays + 2 * width * layer + self.reduce_width * reduced
+        return stays + 2 * width * layer + self.reduce_width * reduced + self.first_gradient
+
+    @property
+    def first_gradient(self) -> Number:
+        """Of a layer's matrices the down projection has its gradient first."""
+        if self.shape.experts:
+            return 0.0
+        return self.size.compute * self.shape.hidden * self.shape.ffn / self.setup.tensor_parallel
 
     def gathering(self) -> Number:
         """The most that a forward pass gathers: a table in its all-gather's output and copied out of it, beside the last layer's
         output; the first two layers' where the table is tied, which is gathered first."""
-        if (
-            self.setup.sharding != "fsdp"
-            or conventions(self.setup).loads_unsharded
-            or not self.setup.reshard_after_forward
-        ):
+        if self.setup.sharding != "fsdp" or self.flat is not None or not self.setup.reshard_after_forward:
             return 0.0
         layers = (2 if self.shape.tied_embeddings else 1) * self._layer
         return where(self.place.gathers, self.size.compute * (2 * self.states.embedding + layers), 0.0)
 
+    def gathering_layer(self) -> Number:
+        """The same of a layer: its all-gather's output, that copied out of it, and the output before, which the next one's frees;
+        and a tied table."""
+        if self.setup.sharding != "fsdp" or self.flat is not None or not self.setup.reshard_after_forward:
+            return 0.0
+        stays = self.size.compute * self.states.embedding if self.shape.tied_embeddings else 0.0
+        return where(self.place.gathers, 3 * self._layer_width * self._layer + stays, 0.0)
+
+    def finished_layer(self) -> Number:
+        """Gradients of a layer as its backward ends, before they are copied to be reduced; ``at("backward")`` is beside them."""
+        if self.setup.sharding != "fsdp" or self.flat is not None or self.setup.method != "full":
+            return 0.0
+        return where(self.place.gathers, self.size.compute * self._layer, 0.0)
+
     def reducing_head(self) -> Number:
         """As the head's gradients are reduced: its gradient (three of them and the head itself while a chunked loss adds its
         pieces up), the reduction's input, and the next layer that is fetched."""
-        if self.setup.sharding != "fsdp" or self.setup.method != "full":
+        if self.setup.sharding != "fsdp" or self.setup.method != "full" or self.flat is not None:
             return 0.0
         head, width = self.states.embedding, self.size.compute
         reduced: Number = 0.0
@@ -117,24 +150,38 @@ class Buffers:
             return 0.0
         table, width = self.states.embedding, self.size.compute
         previous = self.reduce_width * self._layer
-        if self.shape.tied_embeddings:
+        if self.flat is not None:
+            reduced = self.flat.splitting()
+        elif self.shape.tied_embeddings:
             in_place = self.setup.loss in ("chunked", "fused-linear", "cut-cross-entropy")
-            reduced = (3 if in_place else 4) * width * table + previous
+            # DTensor's gradients of head and lookup are split in different ways: each is copied before they are added.
+            copies = (3 if in_place else 4) + where(self.setup.tensor_parallel > 1, 2, 0)
+            reduced = copies * width * table + previous
         else:
             reduced = maximum(2 * width * table + previous, (width + self.reduce_width) * table)
         missing = self.states.gradient_width * table / self.place.gradients
         return where(self.place.gathers, maximum(reduced - missing, 0.0), 0.0)
 
-    def unsharded_gradients(self) -> Number:
-        """accelerate reduces nothing before the last micro-batch: until then the whole model's gradients are on every rank."""
-        if self.setup.sharding != "fsdp" or self.setup.framework != "hf-trainer":
+    def across_replicas(self) -> Number:
+        """Hybrid sharding keeps, to the end of backward, what it summed over the replicas, where gradients are of another type."""
+        if self.setup.sharding != "fsdp" or self.reduce_width == self.states.gradient_width:
             return 0.0
-        whole = self.reduce_width * self.states.trainable
+        replicated = self.setup.data_ranks * self.setup.context_parallel > self.place.gradients
+        return where(replicated, self.reduce_width * self.states.trainable / self.place.gradients, 0.0)
+
+    def unsharded_gradients(self) -> Number:
+        """What is not reduced before the last micro-batch: until then the whole model's gradients are on every rank."""
+        if self.setup.sharding != "fsdp" or not conventions(self.setup).reduces_last:
+            return 0.0
+        whole = self.reduce_width * (self.states.trainable if self.flat is None else self.flat.with_gradients())
         return where(self.place.gathers, where(self.setup.accumulation > 1, whole, 0.0), 0.0)
 
     def adding_table(self) -> Number:
-        """Beside gradients that are not reduced: the table, and a tied one's two further gradients."""
-        table = self.size.compute * self.states.embedding * (3 if self.shape.tied_embeddings else 1)
+        """Beside gradients that are not reduced: the table, and a tied one's two further gradients; or FSDP1's root."""
+        if self.flat is not None:
+            return where(self.unsharded_gradients() > 0, self.flat.splitting(), 0.0)
+        summed = self.shape.tied_embeddings and self.setup.method == "full"
+        table = self.size.compute * self.states.embedding * (3 if summed else 1)
         return where(self.unsharded_gradients() > 0, table, 0.0)
 
     def output(self) -> Number:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from estimator.activations import logit_bytes
 from estimator.arrays import Number, maximum
+from estimator.logits import logit_bytes
+from estimator.remembered import remembered
 from estimator.setup import Setup
 from estimator.shape import ModelShape, active_parameters, count_parameters
 from estimator.states import placement, states, trainable_parameters, widths
@@ -105,6 +106,8 @@ class _Passes:
     matmul: Number
     attention: Number
     elementwise: Number
+    repeated: Number
+    """Of ``matmul``, what backward computes a second time."""
     trained: float
     """Share of the weights that get gradients."""
 
@@ -112,10 +115,7 @@ class _Passes:
 def _passes(shape: ModelShape, setup: Setup) -> _Passes:
     """Selective checkpointing reruns attention alone in Megatron; elsewhere (torchtitan, torchtune) everything but
     attention and every second matrix product."""
-    count = count_parameters(shape)
-    trained = 1.0 if setup.method == "full" else 0.0
-    if setup.method == "freeze":
-        trained = min(1.0, trainable_parameters(shape, setup) / max(count.layered, 1))
+    reached = _reached(shape, setup)
     matmul: Number = 0.0
     attention: Number = 0.0
     elementwise: Number = 0.0
@@ -124,9 +124,31 @@ def _passes(shape: ModelShape, setup: Setup) -> _Passes:
     elif setup.checkpointing == "selective":
         megatron = 1.0 * is_megatron(setup)
         matmul, attention, elementwise = 0.5 * (1 - megatron), megatron, 1 - megatron
-    return _Passes(matmul=2.0 + matmul, attention=3.5 + attention, elementwise=3.0 + elementwise, trained=trained)
+    return _Passes(
+        matmul=1.0 + reached * (1.0 + matmul),
+        # Fused kernels compute the scores again.
+        attention=1.0 + reached * ((2.0 if writes_scores(setup) else 2.5) + attention),
+        elementwise=1.0 + reached * (2.0 + elementwise),
+        repeated=reached * matmul,
+        trained=_trained(shape, setup),
+    )
 
 
+def _trained(shape: ModelShape, setup: Setup) -> float:
+    """Share of the layers whose weights get gradients; with adapters none."""
+    if setup.method == "freeze":
+        return min(1.0, (setup.trainable_layers or 0) / shape.layers)
+    return 1.0 if setup.method == "full" else 0.0
+
+
+def _reached(shape: ModelShape, setup: Setup) -> float:
+    """Share of the layers that backward passes through: it ends at the first that trains, unless they are checkpointed, for
+    which transformers has the embeddings require gradients."""
+    ends = setup.method == "freeze" and setup.checkpointing == "none"
+    return _trained(shape, setup) if ends else 1.0
+
+
+@remembered
 def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     """The work of one step (``setup`` resolved)."""
     count = count_parameters(shape)
@@ -143,7 +165,8 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     # Recomputation stops at the last tensor that backward needs: the down projection is not run again.
     stopped = 0.0 if setup.checkpoint_reentrant else shape.plain_layers * shape.hidden * shape.plain_ffn
     products = passes.matmul + passes.trained
-    matmul = 2.0 * tokens * (share * products - stopped * (passes.matmul - 2.0)) + 6.0 * tokens * adapters
+    matmul = 2.0 * tokens * (share * products - stopped * passes.repeated)
+    matmul += (6.0 + 2.0 * passes.repeated) * tokens * adapters
     experts = count.experts * shape.active_experts / shape.experts if shape.experts else 0.0
     head = 2.0 * tokens * shape.vocab * shape.hidden * (2.0 + (1.0 if setup.method == "full" else 0.0))
     attention = 2.0 * tokens * shape.heads * (shape.head_dim + _value_dim(shape)) * shape.layers * passes.attention
@@ -170,11 +193,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         ),
         expert_flops=2.0 * tokens * experts * products / devices_of_model,
         adapter_bytes=of_adapters,
-        scores_bytes=scores_bytes(shape, setup, size)
-        * tokens
-        * setup.seq
-        * (passes.attention - 0.5)
-        / devices_of_model,
+        scores_bytes=scores_bytes(shape, setup, size) * tokens * setup.seq * passes.attention / devices_of_model,
         dequantize_bytes=quantized * (0.6 + size.compute),
         offload_bytes=offload_bytes(shape, setup, size, persistent, tokens),
         host_optimizer_bytes=2 * persistent.host_optimizer if setup.offload in OPTIMIZER_OFFLOADS else 0.0,
@@ -194,7 +213,9 @@ def model_flops_per_token(shape: ModelShape, setup: Setup) -> Number:
     if setup.method in ("lora", "dora", "qlora"):
         return 4.0 * multiplying + 6.0 * trainable_parameters(shape, setup) + 3.0 * attention
     if setup.method == "freeze":
-        return 2.0 * multiplying + 4.0 * trainable_parameters(shape, setup) + attention
+        head = 2.0 * shape.vocab * shape.hidden
+        attention *= 1.0 + 2.0 * _trained(shape, setup)
+        return 2.0 * multiplying + head + 4.0 * trainable_parameters(shape, setup) + attention
     return 6.0 * multiplying + 3.0 * attention
 
 
@@ -226,7 +247,7 @@ def _launches(shape: ModelShape, setup: Setup) -> Number:
     quantized: Number = 0.0
     if setup.base_quantization:
         quantized = _DEQUANTIZE_KERNELS * (4.0 + shape.matrices) * shape.layers * (2.0 + recompute)
-    passes = per_pass * (3.0 + recompute) + quantized / setup.pipeline_parallel
+    passes = per_pass * (1.0 + _reached(shape, setup) * (2.0 + recompute)) + quantized / setup.pipeline_parallel
     return setup.accumulation * passes + 2.0 * shape.layers
 
 

@@ -46,6 +46,12 @@ class Conventions:
     """A table that the model ties to its head is loaded twice."""
     loads_unsharded: bool = False
     """Under FSDP the whole model is on every device once, when the checkpoint is loaded."""
+    flat_parameters: bool = False
+    """Its FSDP is FSDP1 whatever the setup says."""
+    mixed_units: bool = False
+    """FSDP1's flat parameters hold frozen weights and adapters together, so both have gradients (``use_orig_params``)."""
+    reduces_last: bool = False
+    """Under FSDP only the last micro-batch's gradients are reduced: until then the whole model's are on every rank."""
     expandable_segments: bool = False
     """The launcher asks the allocator for expandable segments."""
     half_with_master_weights: bool = False
@@ -53,20 +59,24 @@ class Conventions:
 
 
 _BY_FRAMEWORK = {
+    # accelerate's ``accumulate`` is ``no_sync`` but for the last micro-batch.
+    "hf-trainer": Conventions(reduces_last=True),
     "torch-loop": Conventions(holds_logits=True),
-    # litgpt/lora.py, model.py, utils.py (0.2 and 0.5): bf16-true covers the adapters; chunks of 128 tokens.
+    # litgpt/lora.py, model.py, utils.py (0.2 and 0.5): bf16-true covers the adapters; chunks of 128 tokens. Lightning's
+    # FSDPStrategy takes ``use_orig_params``, and finetune/*.py ``no_backward_sync``.
     "litgpt": Conventions(
         fp32_adapters=False, dropped_inputs=True, fused_projections=True, repeats_kv=True, keeps_frozen_inputs=True,
         keeps_quantized_inputs=True, stable_embedding=True, unties_head=True, loads_unsharded=True, upcasts_logits=False,
-        separate_losses=True, written_out_gelu=False,
+        separate_losses=True, written_out_gelu=False, flat_parameters=True, mixed_units=True, reduces_last=True,
     ),
     "torchtune": Conventions(fp32_adapters=False),
     # torchtitan/train.py drops `pred` before backward; components/optimizer.py; DTensor's loss_parallel.
     "torchtitan": Conventions(  # run_train.sh sets the allocator
         drops_logits=True, fused_optimizer=True, parallel_loss=True, expandable_segments=True
     ),
-    # llmfoundry/models/mpt: flash-attn's cross entropy; torch's own GELU.
-    "llm-foundry": Conventions(upcasts_logits=False, written_out_gelu=False),
+    # llmfoundry/models/mpt: flash-attn's cross entropy; torch's own GELU. Composer wraps in FSDP1.
+    "llm-foundry": Conventions(upcasts_logits=False, written_out_gelu=False, flat_parameters=True),
+    "fms-fsdp": Conventions(flat_parameters=True),
     # Megatron-LM: distributed optimizer, Transformer Engine's layers.
     "megatron": Conventions(
         fp32_adapters=False, fused_layers=True, fused_optimizer=True, half_with_master_weights=True, written_out_gelu=False
@@ -86,3 +96,8 @@ def _of(framework: str, sharding: str | None) -> Conventions:
 def conventions(setup: Setup) -> Conventions:
     """Of the setup's framework."""
     return _of(setup.framework, setup.sharding)
+
+
+def shards_flat(setup: Setup) -> bool:
+    """Whether the setup's sharding is FSDP1."""
+    return setup.sharding == "fsdp" and (setup.flat_parameters or conventions(setup).flat_parameters)

@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 from estimator.arrays import Number, maximum, minimum, where, whole
-from estimator.conventions import conventions
+from estimator.conventions import conventions, shards_flat
 from estimator.hardware import context_bytes, find_accelerator, is_cpu
 from estimator.memory import PhaseMemory, peak_and_segment_bytes
 from estimator.setup import Setup
-from estimator.shape import ModelShape, count_parameters
-from estimator.states import placement, states
-from estimator.units import GB, Interval
+from estimator.shape import ModelShape
+from estimator.states import placement
+from estimator.units import Interval
 
 # Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md), by framework: on one device,
-# and what several, a quantized base and an inferred shape add.
+# and what several, a quantized base, lengths that vary and an inferred shape add.
 _ALLOCATED = {
-    "torch-loop": 0.02, "hf-trainer": 0.03, "hf-trainer+deepspeed": 0.004, "litgpt": 0.06, "torchtune": 0.08, "torchtitan": 0.08,
+    "torch-loop": 0.02, "hf-trainer": 0.013, "hf-trainer+deepspeed": 0.003, "litgpt": 0.06, "torchtune": 0.08, "torchtitan": 0.08,
 }  # fmt: skip
-_OTHER_FRAMEWORK, _SEVERAL_DEVICES, _QUANTIZED, _INFERRED_SHAPE = 0.25, 0.04, 0.09, 0.12
-_SEVERAL_DEEPSPEED = 0.15
-# On a full device: what stays beyond the tensors once the allocator has given back what it can, as a share of them; with
-# adapters under FSDP by published runs (70B on two devices fits to 43 of 79 GiB, and not to 66).
-_FRAGMENTS, _FRAGMENTS_ADAPTERS_GATHERED = 0.03, 0.20
-# The spread of published reserved and device peaks around the sum of the segments, relative: on one device, and what
-# lengths that vary add; upwards also what a quantized base does.
-_SEGMENTS, _SEGMENTS_DEEPSPEED, _SEGMENTS_VARYING, _SEGMENTS_QUANTIZED = 0.10, 0.055, 0.22, 0.12
+_SEVERAL_DEVICES, _QUANTIZED = {"hf-trainer": 0.013, "hf-trainer+deepspeed": 0.15}, {"hf-trainer": 0.016}
+_OTHER_FRAMEWORK, _OTHER_SEVERAL_DEVICES, _OTHER_QUANTIZED = 0.25, 0.04, 0.09
+_VARYING, _UNEVEN, _INFERRED_SHAPE = 0.04, 0.20, 0.12
+# On a full device: what stays beyond the tensors once the allocator has given back what it can, as a share of them. Segments
+# that grow leave little; others also keep a share of what they had with all the room. FSDP1 gathers frozen units on a stream
+# whose blocks come back late (``record_stream``): 70B with adapters on two devices fits to 43 of 79 GiB, and not to 66.
+_FRAGMENTS, _FRAGMENTS_GROWN, _FRAGMENTS_KEPT, _FRAGMENTS_FLAT_ADAPTERS = 0.03, 0.01, 0.10, 0.20
+# The spread of published reserved and device peaks around the sum of the segments, relative, and what lengths that vary,
+# and unequal loads (as above) add; upwards also what a quantized base does. torchtitan's releases differ by so much in one
+# and the same setup.
+_SEGMENTS, _SEGMENTS_DEEPSPEED, _SEGMENTS_TORCHTITAN = 0.13, 0.055, 0.25
+_SEGMENTS_VARYING, _SEGMENTS_QUANTIZED = 0.22, 0.12
 # A CPU's allocator, the C library, with blocks of every size in one heap (profiled runs of the built-in models).
 _FRAGMENTATION_CPU = Interval(value=0.16, low=0.0, high=0.95)
 
 
 def _allocated_width(shape: ModelShape, setup: Setup) -> float:
-    several = _SEVERAL_DEEPSPEED if setup.framework == "hf-trainer+deepspeed" else _SEVERAL_DEVICES
-    width = _ALLOCATED.get(setup.framework, _OTHER_FRAMEWORK)
-    width += (several if setup.accelerators > 1 else 0.0) + (_QUANTIZED if setup.base_quantization else 0.0)
+    framework = setup.framework
+    width = _ALLOCATED.get(framework, _OTHER_FRAMEWORK)
+    if setup.accelerators > 1:
+        width += _SEVERAL_DEVICES.get(framework, _OTHER_SEVERAL_DEVICES)
+    if setup.base_quantization:
+        width += _QUANTIZED.get(framework, _OTHER_QUANTIZED)
+    width += (_VARYING if setup.varying_lengths else 0.0) + (_UNEVEN if _is_uneven(setup) else 0.0)
     return width + (_INFERRED_SHAPE if shape.inferred else 0.0)
+
+
+def _is_uneven(setup: Setup) -> bool:
+    """Loads differ between devices by what no setting says: where tokens go, and how a pipeline cuts its batches."""
+    return setup.expert_parallel > 1 or setup.pipeline_parallel > 1
+
+
+def _segments_width(setup: Setup) -> tuple[float, float]:
+    """(below, above), relative."""
+    if setup.framework == "hf-trainer+deepspeed" and setup.accelerators == 1:
+        width = _SEGMENTS_DEEPSPEED
+    else:
+        width = _SEGMENTS_TORCHTITAN if setup.framework == "torchtitan" else _SEGMENTS
+    width += _SEGMENTS_VARYING if setup.varying_lengths else 0.0
+    width += _UNEVEN if _is_uneven(setup) else 0.0
+    return width, width + (_SEGMENTS_QUANTIZED if setup.base_quantization else 0.0)
 
 
 def formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Interval:
@@ -50,11 +74,9 @@ def reserved_interval(shape: ModelShape, setup: Setup, allocated: Interval, room
         )
     peak, segments = peak_and_segment_bytes(shape, setup)
     held = segments / peak
-    one = setup.framework == "hf-trainer+deepspeed" and setup.accelerators == 1
-    width = (_SEGMENTS_DEEPSPEED if one else _SEGMENTS) + (_SEGMENTS_VARYING if setup.varying_lengths else 0.0)
-    above = width + (_SEGMENTS_QUANTIZED if setup.base_quantization else 0.0)
+    below, above = _segments_width(setup)
     # Half of the tensors' own uncertainty is in that spread already.
-    low = (allocated.value + allocated.low) / 2 * held * (1 - width)
+    low = (allocated.value + allocated.low) / 2 * held * (1 - below)
     high = (allocated.value + allocated.high) / 2 * held * (1 + above)
     return whole_interval(
         _within_room(setup, allocated.value * held, allocated.value, room_bytes),
@@ -83,10 +105,11 @@ def _within_room(setup: Setup, reserved: Number, allocated: Number, room_bytes: 
     """Where the device is full the allocator gives its cache back: what stays are the tensors and fragments among them."""
     if room_bytes is None:
         return reserved
-    grows = setup.expandable_segments or conventions(setup).expandable_segments
-    fragments: Number = _FRAGMENTS
-    if setup.method in ("lora", "dora", "qlora") and not grows:
-        fragments = where(placement(setup).gathers, _FRAGMENTS_ADAPTERS_GATHERED, _FRAGMENTS)
+    fragments: Number = _FRAGMENTS_GROWN
+    if not (setup.expandable_segments or conventions(setup).expandable_segments):
+        fragments = _FRAGMENTS + _FRAGMENTS_KEPT * (reserved / allocated - 1)
+        if setup.method in ("lora", "dora", "qlora") and shards_flat(setup):
+            fragments = where(placement(setup).gathers, _FRAGMENTS_FLAT_ADAPTERS, fragments)
     full = maximum(float(room_bytes), minimum(reserved, allocated * (1 + fragments)))
     return where(reserved <= room_bytes, reserved, full)
 
@@ -110,14 +133,3 @@ def device_interval(setup: Setup, reserved: Interval) -> Interval:
 def whole_interval(value: float, low: float, high: float) -> Interval:
     """Whole bytes."""
     return Interval(value=round(value), low=round(low), high=round(high))
-
-
-def host_interval(shape: ModelShape, setup: Setup, device: Interval) -> Interval:
-    """Of one machine: its processes, what is offloaded, and one full model at loading or gathering for a save."""
-    if is_cpu(setup.accelerator):
-        return device
-    persistent = states(shape, setup)
-    processes = min(setup.accelerators, setup.gpus_per_node)
-    model = count_parameters(shape).total * (2.0 if setup.precision in ("bf16", "fp16") else 4.0)
-    fixed = processes * (2.5 * GB + persistent.host_optimizer)
-    return whole_interval(fixed + model, fixed * 0.5, 1.3 * fixed + 2 * model)

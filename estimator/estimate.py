@@ -14,12 +14,12 @@ from estimator.device_memory import (
     allocator_room_bytes,
     device_interval,
     formula_interval,
-    host_interval,
     reserved_interval,
     whole_interval,
 )
-from estimator.errors import DoesNotFitError
+from estimator.errors import DoesNotFitError, InputError
 from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
+from estimator.host_memory import host_interval, host_memory
 from estimator.memory import memory_phases, peak_phase
 from estimator.possible import check_possible
 from estimator.result import (
@@ -62,11 +62,15 @@ def estimate(
 
     ``capacity_bytes`` replaces the catalog's memory of the accelerator (for the device at hand). A calibration is used
     only where it is of the setup's accelerator. ``dry_run`` takes the memory from the real model code on fake tensors
-    (needs torch; MissingError), and nothing else. ``remedies``: where it does not fit, what would make it fit.
+    (needs torch; MissingError), and the time of a model that no family describes from its operators. ``remedies``: where it does not fit, what would make it fit.
     """
     request = request or RunRequest()
     setup = _canonical(setup).resolved()
     shape = resolve_model(setup.model)
+    if dry_run and shape.guessed:
+        from estimator.dryrun.counted_shape import counted_shape
+
+        shape = counted_shape(shape)
     check_possible(shape, setup)
     parameters = count_parameters(shape).total
     if calibration is not None:
@@ -76,7 +80,7 @@ def estimate(
             calibration = None
     room = allocator_room_bytes(setup, request.reserve_bytes, capacity_bytes)
     memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration, room)
-    time = _time(shape, setup, calibration)
+    time = _time(shape, setup, calibration, by_operators=dry_run and shape.guessed)
     checkpoint = _checkpoint(shape, setup, calibration, request)
     fits = (
         _dry_fits(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
@@ -107,7 +111,7 @@ def estimate(
         budget=budgeted(shape, setup, request, time, checkpoint),
         naive=naive_estimate(parameters, setup, request),
         calibration=None if calibration is None else calibration_name,
-        notes=_notes(shape, setup, request, time, calibration),
+        notes=_notes(shape, setup, request, time, calibration, dry_run=dry_run),
         remedies=_remedies(shape, setup, memory, fits, fits_on, request.reserve_bytes, calibration) if remedies else (),
     )
 
@@ -183,6 +187,7 @@ def _memory_estimate(
         peak_reserved_bytes=reserved,
         peak_device_bytes=device,
         peak_host_bytes=host_interval(shape, setup, device),
+        host=None if is_cpu(setup.accelerator) else host_memory(shape, setup),
         dry_run=dry_run,
     )
 
@@ -201,6 +206,18 @@ def _fits(accelerator: str | None, device: Interval, reserve_bytes: int, capacit
     capacity -= reserve_bytes
     margin = capacity - round(device.value)
     return FitEstimate(gpu=accelerator, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin)
+
+
+def check_reserve(accelerator: str | None, reserve_bytes: int) -> None:
+    """Raises InputError where something else holds all that the accelerator has."""
+    if accelerator is None or is_cpu(accelerator):
+        return
+    device = find_accelerator(accelerator)
+    if device.usable_bytes is not None and reserve_bytes >= device.usable_bytes:
+        raise InputError(
+            f"reserve: {reserve_bytes / GIB:.1f} GiB leave nothing of the {device.usable_bytes / GIB:.1f} GiB of {device.name}; "
+            "write a smaller --reserve, or a larger --gpu"
+        )
 
 
 def _dry_fits(setup: Setup, device: Interval, reserve_bytes: int, capacity_bytes: int | None) -> FitEstimate:
@@ -298,19 +315,24 @@ def _host_memory_bytes() -> int:
 def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEstimate, ...]:
     """Every accelerator whose memory is known, smallest first, by the formula."""
     found = []
+    known = setup.accelerator is not None and not is_cpu(setup.accelerator)
+    own = find_accelerator(str(setup.accelerator)) if known else None
     by_workspace: dict[bool, tuple[Interval, Interval]] = {}
     """What the allocator reserves with all the room, and with none: accelerators differ only in their libraries' workspaces."""
     for accelerator in accelerators().values():
         if accelerator.usable_bytes is None:
             continue
-        there = dataclasses.replace(setup, accelerator=accelerator.name)
         large = accelerator.large_workspace
         if large not in by_workspace:
+            same = own is not None and own.large_workspace == large
+            there = setup if same else dataclasses.replace(setup, accelerator=accelerator.name)
             allocated = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
             free, full = (reserved_interval(shape, there, allocated, room) for room in (None, 0))
             by_workspace[large] = free, full
-        reserved = _in_room(*by_workspace[large], allocator_room_bytes(there, reserve_bytes, None))
-        found.append(_fits(accelerator.name, device_interval(there, reserved), reserve_bytes, None))
+        capacity, context = accelerator.usable_bytes - reserve_bytes, context_bytes(accelerator.name).value
+        reserved = _in_room(*by_workspace[large], max(capacity - round(context), 0))
+        margin = capacity - round(round(reserved.value) + context)
+        found.append(FitEstimate(gpu=accelerator.name, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin))
     return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
 
 
@@ -326,8 +348,15 @@ def _in_room(free: Interval, full: Interval, room_bytes: int | None) -> Interval
 # --- time and checkpoint ----------------------------------------------------------------------------------------------
 
 
-def _time(shape: ModelShape, setup: Setup, calibration: Calibration | None) -> TimeEstimate | None:
-    work = step_work(shape, setup)
+def _time(
+    shape: ModelShape, setup: Setup, calibration: Calibration | None, *, by_operators: bool = False
+) -> TimeEstimate | None:
+    if by_operators:
+        from estimator.dryrun.work import operator_step_work
+
+        work = operator_step_work(shape, setup)
+    else:
+        work = step_work(shape, setup)
     if calibration is not None:
         from estimator.calibration import apply_time
 
@@ -392,6 +421,8 @@ def _notes(
     request: RunRequest,
     time: TimeEstimate | None,
     calibration: Calibration | None,
+    *,
+    dry_run: bool,
 ) -> tuple[str, ...]:
     notes = []
     if shape.inferred:
@@ -399,11 +430,21 @@ def _notes(
             f"shape inferred from the count: {shape.layers} layers of {shape.hidden}, {shape.vocab:,} vocabulary, Llama-like; "
             "write --model for a known one"
         )
+    if shape.guessed:
+        notes.append(
+            "the config's type is of no known family: "
+            + (
+                "time from the operators that its code runs"
+                if dry_run
+                else f"read as {shape.family}'s; --dry-run runs its own code"
+            )
+        )
     notes.append(
         f"assumes {setup.framework}, {setup.precision}, {setup.optimizer}, {setup.attention} attention, "
         f"checkpointing {setup.checkpointing}, {setup.loss} loss, "
         + ("no evaluation" if setup.eval_batch is None else f"evaluation at batch {setup.eval_batch}")
     )
+    notes += _expected_memory(setup.accelerator)
     if setup.accelerator is None:
         notes.append("no accelerator given: no time or cost; write --gpu NAME")
     elif time is None:
@@ -425,3 +466,16 @@ def _notes(
 
         notes += caveats(calibration, setup, count_parameters(shape).total)
     return tuple(notes)
+
+
+def _expected_memory(accelerator: str | None) -> list[str]:
+    if accelerator is None or is_cpu(accelerator):
+        return []
+    device = find_accelerator(accelerator)
+    if not device.usable_is_expected:
+        return []
+    assert device.usable_bytes is not None and device.usable_low_bytes is not None
+    expected, least = device.usable_bytes / GIB, device.usable_low_bytes / GIB
+    return [
+        f"no source states what the driver of {device.name} reports: {expected:.1f} GiB expected, {least:.1f} at least"
+    ]

@@ -27,7 +27,9 @@ class Accelerator:
     measured_bf16_flops: float | None
     """The best bf16 matrix rate that somebody measured."""
     usable_bytes: int | None
-    """What the driver reports."""
+    """What the driver reports; where nobody has published that, what its generation leads to expect."""
+    usable_low_bytes: int | None
+    """The least that it may be: where it is only expected, less than ``usable_bytes``."""
     marketing_bytes: int | None
     bandwidth_bytes_per_second: float | None
     power_watts: float | None
@@ -39,6 +41,11 @@ class Accelerator:
     network_bytes_per_second: float | None
     """Of one device to other machines, one way, as such machines are built."""
     source: str
+
+    @property
+    def usable_is_expected(self) -> bool:
+        """No source states what its driver reports."""
+        return self.usable_bytes != self.usable_low_bytes
 
     @property
     def large_workspace(self) -> bool:
@@ -82,6 +89,7 @@ def accelerators() -> dict[str, Accelerator]:
             fp32_flops=scaled(row, "fp32_tflops", 1e12),
             measured_bf16_flops=scaled(row, "measured_max_bf16_tflops", 1e12),
             usable_bytes=whole(row, "usable_gib", GIB),
+            usable_low_bytes=whole(row, "usable_low_gib" if row["usable_low_gib"] else "usable_gib", GIB),
             marketing_bytes=whole(row, "mem_gb", GB),
             bandwidth_bytes_per_second=scaled(row, "mem_bw_gb_s", GB),
             power_watts=scaled(row, "tdp_w", 1),

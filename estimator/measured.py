@@ -122,6 +122,11 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
         stated.setdefault("logit_copies", _logit_copies(int(version[1]), int(version[2])))
     for name, value in _UNSTATED.get(str(stated.get("framework")), {}).items():
         stated.setdefault(name, value)
+    traced = re.search(r"graph_trainer|compiler toolkit", str(stated.get("notes", "")))
+    if stated.get("framework") == "torchtitan" and str(stated.get("compile", "")).lower() == "true" and not traced:
+        stated.setdefault("loss", "compiled")  # `compile.components` holds the loss as well
+    if version is None or int(version[1]) < 5:
+        _before_transformers_5(stated)
     stated |= _noted(str(stated.get("notes", "")))
     stated |= _as_loaded(stated)
     label = str(stated.get("run", "?"))
@@ -177,8 +182,20 @@ def _logit_copies(major: int, minor: int) -> str:
     return "shifted-and-half" if (major, minor) < (4, 50) else "none"
 
 
+def _before_transformers_5(stated: dict[str, Any]) -> None:
+    """Trainer's FSDP was FSDP1, and its checkpointing reentrant; TRL's loops and peft's examples are Trainers (``hf-loop``)."""
+    if stated.get("framework", "hf-trainer") not in ("hf-trainer", "hf-loop"):
+        return
+    if stated.get("sharding") == "fsdp":
+        stated.setdefault("flat_parameters", True)
+    if stated.get("checkpointing") == "full":
+        stated.setdefault("checkpoint_reentrant", True)
+
+
 def _noted(notes: str) -> dict[str, Any]:
-    return {name: value for pattern, name, value in _NOTES if re.search(pattern, notes)}
+    found: dict[str, Any] = {name: value for pattern, name, value in _NOTES if re.search(pattern, notes)}
+    experts = re.search(r"scattermoe[\w-]*-ep(\d+)", notes)
+    return found | ({"expert_parallel": int(experts[1])} if experts else {})
 
 
 def _as_loaded(stated: Mapping[str, Any]) -> dict[str, Any]:

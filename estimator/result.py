@@ -10,6 +10,7 @@ from estimator.units import Interval
 
 if TYPE_CHECKING:
     from estimator.dryrun.result import DryRun
+    from estimator.host_memory import HostMemory
     from estimator.remedies import Remedy
 
 
@@ -51,6 +52,9 @@ class MemoryEstimate:
     peak_reserved_bytes: Interval
     peak_device_bytes: Interval
     peak_host_bytes: Interval
+    """Of one machine."""
+    host: HostMemory | None = None
+    """The same by rank; ``None`` on a CPU, whose host memory is the device's."""
     dry_run: DryRun | None = None
     """What the dry run found, where the memory is from one: what holds the peak, and the timeline."""
 

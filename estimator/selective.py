@@ -21,10 +21,11 @@ SAVED = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_attention_math.default,
         _aten.max.default,
-        _aten.topk.default,
     }
 )
-"""torchtitan's list (``distributed/activation_checkpoint.py``, 0.3.0), without what one device never calls."""
+"""torchtitan's list (``distributed/activation_checkpoint.py``, 0.3.0), without what one device never calls.
+
+Nor what routers pick (``topk``): some of transformers' write into it, which a kept result forbids."""
 
 
 def selective_contexts() -> tuple[Any, Any]:

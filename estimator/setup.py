@@ -21,7 +21,7 @@ FRAMEWORKS = (
 METHODS = ("full", "freeze", "lora", "dora", "qlora", "adapter", "adapter_v2")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "gptq-int4", "gptq-int8")
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "fp8-mixed", "mxfp8-mixed", "nvfp4-mixed")
-OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor", "sgd")
+OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor", "sgd", "galore")
 SHARDINGS = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp")
 LOSSES = ("standard", "compiled", "chunked", "fused-kernel", "fused-linear", "cut-cross-entropy")
 
@@ -82,6 +82,9 @@ class Setup:
     sharding: str | None = _setting(None, "What is sharded over the data-parallel ranks.", choices=SHARDINGS)
     shard_size: int | None = _setting(None, "Ranks that share one shard (hybrid sharding).", minimum=1)
     reshard_after_forward: bool = _setting(True, "FSDP frees gathered parameters between forward and backward.")
+    flat_parameters: bool = _setting(
+        False, "FSDP1: each unit is one flat parameter, and what belongs to no layer stays gathered."
+    )
     data_parallel: int | None = _setting(None, "Data-parallel ranks.", minimum=1)
     tensor_parallel: int = _setting(1, "Tensor-parallel ranks.", minimum=1)
     pipeline_parallel: int = _setting(1, "Pipeline stages.", minimum=1)
@@ -133,9 +136,19 @@ class Setup:
         if self.method in ("full", "freeze") and (self.lora_rank or self.base_quantization):
             given = "lora_rank" if self.lora_rank else "base_quantization"
             raise InputError(f"{given}: means nothing with --method {self.method}; write --method lora or qlora")
+        if self.lora_targets is not None and not self.lora_targets.replace(",", " ").split():
+            raise InputError(
+                f"lora_targets: {self.lora_targets!r} names no module; write all-linear or for example 'q_proj v_proj'"
+            )
         if self.method.startswith("adapter") and (self.framework != "litgpt" or self.lora_rank):
             raise InputError(
                 f"method: {self.method} is litgpt's, without a rank; write --framework litgpt, or --method lora"
+            )
+        alone = self.accelerators == 1 or self.sharding == "ddp"
+        if self.optimizer == "galore" and (self.framework, self.method, alone) != ("hf-trainer", "full", True):
+            raise InputError(
+                "optimizer: galore is Trainer's, of unsharded training in full; write --framework hf-trainer --method full, "
+                "or another optimizer"
             )
         if self.accelerators % self.model_parallel:
             raise InputError(

@@ -6,6 +6,7 @@ E experts.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 from estimator.errors import InputError
@@ -60,6 +61,8 @@ class ModelShape:
     extra_parameters: int = 0
     """Parameters that an inferred shape leaves over: counted in states and checkpoints, not in activations."""
     inferred: bool = False
+    guessed: bool = False
+    """Read from a config whose type no family describes, as if it were Llama's or GPT's."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "moe_every", "window_every"):
@@ -171,6 +174,7 @@ def mlp_parameters(shape: ModelShape, width: int) -> int:
     return shape.matrices * shape.hidden * width + bias
 
 
+@functools.lru_cache(maxsize=256)
 def count_parameters(shape: ModelShape) -> ParameterCount:
     """Every parameter of the model by kind. Checked against ``numel`` of transformers' models on the meta device."""
     h = shape.hidden
@@ -205,8 +209,8 @@ _LORA_ALL = (*_LORA_DEFAULT, "gate_proj", "up_proj", "down_proj")
 _LORA_NAMES = {
     "query_key_value": ("q_proj", "k_proj", "v_proj"), "c_attn": ("q_proj", "k_proj", "v_proj"), "W_pack": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"), "dense": ("o_proj",), "c_proj": ("o_proj", "down_proj"), "output_proj": ("o_proj",), "out_proj": ("o_proj",),
-    "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",),
-    "fc1": ("up_proj",), "fc2": ("down_proj",), "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "Wqkv": ("q_proj", "k_proj", "v_proj"), "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",),
+    "fc1": ("up_proj",), "c_fc": ("up_proj",), "fc2": ("down_proj",), "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "mlp": ("gate_proj", "up_proj", "down_proj"),
     "query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",), "projection": ("o_proj",), "head": (), "lm_head": (),
     "all-linear": _LORA_ALL, "all": _LORA_ALL,
 }  # fmt: skip

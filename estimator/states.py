@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from estimator.arrays import Number, maximum, where
+from estimator.arrays import Number, maximum, minimum, where
 from estimator.catalog import rotary_positions
-from estimator.conventions import conventions
+from estimator.conventions import conventions, shards_flat
 from estimator.errors import InputError
+from estimator.galore import state_bytes
 from estimator.hardware import is_cpu
+from estimator.lora_targets import adapter_parameters
+from estimator.remembered import remembered
 from estimator.setup import Setup
 from estimator.shape import (
     ModelShape,
     ParameterCount,
     attention_parameters,
     count_parameters,
-    lora_parameters,
     mlp_parameters,
 )
 from estimator.units import MIB
@@ -73,6 +75,11 @@ def widths(setup: Setup) -> Widths:
     )
 
 
+def copies_inputs(setup: Setup, size: Widths) -> bool:
+    """Whether adapters keep an input of their own, cast to their type or by autocast."""
+    return setup.method in ("lora", "dora", "qlora") and (size.autocast or size.weight != size.trained)
+
+
 # Bytes of one weight in a quantized matrix: the codes, and one absmax (or scale and zero) a group.
 # nf4: bitsandbytes, blocks of 64 with an fp32 absmax; -dq: 8-bit absmax, fp32 again for 256 blocks. int8: one fp32
 # statistic a row (left out: under 0.1%). GPTQ: groups of 128 with an fp16 scale and a packed zero.
@@ -86,7 +93,7 @@ QUANTIZED_BYTES = {
 # Moments that an optimizer keeps for each trained parameter. AdamW's have the parameter's own width; 8-bit ones carry
 # an fp32 absmax a block of 256 (bitsandbytes). Adafactor's rows and columns are left out (under 1%).
 _MOMENTS = {
-    "adamw": 2, "adamw-fused": 2, "adamw-8bit": 2, "adamw-8bit-paged": 2, "adamw-paged": 2, "adafactor": 0, "sgd": 0,
+    "adamw": 2, "adamw-fused": 2, "adamw-8bit": 2, "adamw-8bit-paged": 2, "adamw-paged": 2, "adafactor": 0, "sgd": 0, "galore": 2,
 }  # fmt: skip
 _EIGHT_BIT_WIDTH = 1 + 4 / 256
 
@@ -113,8 +120,7 @@ def trainable_parameters(shape: ModelShape, setup: Setup) -> int:
         return setup.trainable_layers * layer_parameters(shape)
     if setup.method.startswith("adapter"):
         return _prompt_adapter_parameters(shape, setup)
-    assert setup.lora_rank is not None
-    return lora_parameters(shape, setup.lora_rank, setup.lora_targets, dora=setup.method == "dora")
+    return adapter_parameters(shape, setup)
 
 
 ADAPTER_START, _ADAPTER_PROMPT = 2, 10
@@ -196,6 +202,7 @@ def model_divisors(setup: Setup) -> tuple[Number, Number]:
     return dense, dense * setup.expert_parallel
 
 
+@remembered
 def states(shape: ModelShape, setup: Setup) -> States:
     """What persists through a step, per device (``setup`` resolved)."""
     shape = as_built(shape, setup)
@@ -210,10 +217,18 @@ def states(shape: ModelShape, setup: Setup) -> States:
     total = where(setup.pipeline_parallel > 1, layered + tables, total)
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
     quantized = (count.attention + count.mlp + count.experts + count.other) / dense if setup.base_quantization else 0.0
-    parameters = _parameter_bytes(setup, size, count, total, trainable, quantized) / place.parameters
+    # Expert-parallel ranks are data-parallel ranks as well: sharding divides experts by what is left of these.
+    again = count.experts / expert * (minimum(setup.expert_parallel, place.parameters) - 1)
+    parameters = _parameter_bytes(setup, size, count, total + again, trainable, quantized) / place.parameters
     parameters = parameters + where(place.parameters == 1, _block_slack(shape, setup, size), 0.0)
-    gradients = trainable * size.trained / place.gradients
-    optimizer = trainable * optimizer_bytes_per_parameter(setup, size) / place.optimizer
+    trains_experts = setup.method == "full" and not accumulates_in_fp32(setup)
+    sharded = trainable + (again if trains_experts else 0.0)
+    gradients = sharded * size.trained / place.gradients
+    if setup.method in ("lora", "dora", "qlora") and shards_flat(setup) and conventions(setup).mixed_units:
+        gradients = layered * size.trained / place.gradients
+    optimizer = sharded * optimizer_bytes_per_parameter(setup, size) / place.optimizer
+    if setup.optimizer == "galore":
+        optimizer = state_bytes(shape, size.trained)
     if "8bit" in str(setup.optimizer) and setup.method == "full" and setup.framework.startswith("hf-trainer"):
         # Trainer has bitsandbytes keep fp32 states of embeddings.
         table = (count.embedding + (count.head if shape.tied_embeddings else 0)) / setup.tensor_parallel

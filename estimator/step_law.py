@@ -253,7 +253,7 @@ def unseen(shape: ModelShape, setup: Setup, accelerator: Accelerator) -> tuple[s
     (_, framework), _, (_, pair) = of["total"][:3]
     (_, kind) = of["matmul"][0]
     new = {
-        "model": layout(shape) not in law.models,
+        "model": shape.guessed or layout(shape) not in law.models,
         "framework": framework not in law.effects["total"]["framework"],
         "accelerator": pair not in law.effects["total"]["framework and accelerator"]
         or kind not in law.effects["matmul"]["precision"],

@@ -106,6 +106,18 @@ def validate(
     )
 
 
+def refuse_nothing_predicted(validation: Validation, table: object) -> None:
+    """Raises InputError where every row of ``table`` was skipped: its scores say nothing."""
+    if validation.rows:
+        return
+    if not validation.skipped:
+        raise InputError(f"table: {table} has no rows; write a table of measured runs")
+    first, count = validation.skipped[0], len(validation.skipped)
+    raise InputError(
+        f"table: none of the {count} rows of {table} can be predicted; the first, run {first.run}: {first.reason}"
+    )
+
+
 def unreadable_row(run: str, source: str, problem: str) -> Skip:
     """A row that is not a measured run, or not a complete one, in the words of ``SKIP_REASONS``."""
     documented = problem.partition(":")[0] in SKIP_REASONS

@@ -109,7 +109,7 @@ def draw_weights(model: Any, *, seed: int = 0) -> None:
     deviation = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or not parameter.is_floating_point():  # quantized ones were drawn before
                 continue
             if parameter.dim() > 1:
                 parameter.normal_(0.0, deviation)

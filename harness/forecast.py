@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from estimator.cost import RunRequest
 from estimator.errors import DoesNotFitError
 from estimator.estimate import estimate
 from estimator.result import Estimate
+from estimator.setup import Setup
 from estimator.units import GB, GIB
 from harness.plan import Schedule, TrainPlan
 from profiler.device import LocalDevice
@@ -41,6 +43,19 @@ def forecast(
         calibration_name=calibration_name,
         capacity_bytes=device.capacity_bytes,
     )
+
+
+def refuse_hopeless_points(setups: Iterable[Setup], device: LocalDevice) -> None:
+    """Raises DoesNotFitError for the first of a sweep's points whose peak is beyond the free memory at the very least: a
+    point that may end either way is worth a run, and building one that cannot fit takes the machine's memory."""
+    for setup in setups:
+        peak = estimate(setup, capacity_bytes=device.capacity_bytes).memory.peak_device_bytes
+        if peak.low > device.free_bytes:
+            raise DoesNotFitError(
+                f"memory: {setup.model}, {setup.batch} x {setup.seq}, needs {peak.low / GIB:.1f} to {peak.high / GIB:.1f} GiB of "
+                f"the device and {device.name} has {device.free_bytes / GIB:.1f} GiB free; leave it out, or write --force to try "
+                "all the same"
+            )
 
 
 def refuse_what_does_not_fit(predicted: Estimate, out: Path) -> None:

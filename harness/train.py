@@ -93,8 +93,11 @@ def train(
         steps = schedule(plan, data)
         predicted = forecast(plan, steps, device, calibration=calibration, calibration_name=calibration_name)
         on_estimate(predicted)
+        meter = None
         if device.kind == "cuda":
             settle_allocator(plan.setup)
+            # What the GPU holds now is others': made before Trainer's arguments, which initialise CUDA.
+            meter = memory_meter(device)
         # Not before: it loads torch and transformers, and what is wrong so far is said at once.
         _check_arguments(plan)
         if not plan.force:
@@ -106,7 +109,7 @@ def train(
             return read_result(plan.out / RESULT_FILE)
         run = Run(plan=plan, setup=plan.setup, device=device, data=data, steps=steps, predicted=predicted)
         try:
-            return _train(run, on_progress)
+            return _train(run, on_progress, meter)
         except (MemoryError, RuntimeError, OSError) as error:
             kind, reason = explain_error(error)
             if kind == "oom":
@@ -132,12 +135,12 @@ def _check_arguments(plan: TrainPlan) -> None:
     training_arguments(plan.setup, output_dir=plan.out)
 
 
-def _train(run: Run, on_progress: Callable[[TrainProgress], None]) -> TrainResult:
+def _train(run: Run, on_progress: Callable[[TrainProgress], None], meter: MemoryMeter | None) -> TrainResult:
     out, total = run.plan.out, run.steps.steps
     done = checkpoints(out)
     resumed_step = done[-1].step if done else 0
     log = TrainingLog(out, resumed_step=resumed_step)
-    meter = memory_meter(run.device)
+    meter = meter or memory_meter(run.device)  # on a CPU: right before the model
     progress = _Progress(run, log, on_progress)
     trainer = _trainer(run, meter, log, progress, resumed_step)
     try:

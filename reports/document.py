@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from estimator.host_memory import HostMemory
 from estimator.result import CheckpointEstimate, Estimate, FitEstimate, MemoryEstimate, Part, RunEstimate, TimeEstimate
 from estimator.units import Interval
 
@@ -70,9 +71,18 @@ def _memory(memory: MemoryEstimate) -> dict[str, Any]:
         "peak_reserved_bytes": _bytes(memory.peak_reserved_bytes),
         "peak_device_bytes": _bytes(memory.peak_device_bytes),
         "peak_host_bytes": _bytes(memory.peak_host_bytes),
+        "host": _host(memory.host),
         "parts": [_part(part) for part in memory.parts],
         "holders": [dataclasses.asdict(holder) for holder in memory.dry_run.holders] if memory.dry_run else None,
     }
+
+
+def _host(host: HostMemory | None) -> dict[str, Any] | None:
+    """By rank, in bytes without what a process has by itself."""
+    if host is None:
+        return None
+    moment = dataclasses.asdict(host.moment)
+    return {"processes": host.processes} | {k: v if k == "phase" else round(v) for k, v in moment.items()}
 
 
 def _part(part: Part) -> dict[str, Any]:

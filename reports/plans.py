@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from estimator.hardware import Accelerator, find_accelerator
 from reports import scale
 from reports.document import estimate_document
 from reports.page import Page
@@ -37,6 +38,7 @@ def plans_document(plans: Plans, most: Largest, request: RunRequest, command: Co
         "searched": plans.searched,
         "fitting": plans.fitting,
         "left_out": list(plans.left_out),
+        "misses": [{"bytes": miss.bytes, "setup": miss.setup.as_dict()} for miss in plans.misses],
     }
 
 
@@ -71,12 +73,29 @@ def print_plans(
     _print_largest(page, most)
     page.heading("Searched")
     page.paragraph(f"{plans.searched:,} setups, of which {plans.fitting:,} fit; each plan is cheaper than all above it")
+    for miss in plans.misses:
+        if plans.fitting:
+            page.paragraph(
+                f"{describe_method(miss.setup)} does not fit: the nearest is {scale.memory_text(miss.bytes)} too large, "
+                f"{describe_setup(miss.setup)}"
+            )
+    for device in _of_expected_memory(plans):
+        assert device.usable_bytes is not None and device.usable_low_bytes is not None
+        page.paragraph(
+            f"no source states what the driver of {device.name} reports: {scale.memory_text(device.usable_bytes)} expected, "
+            f"of which plans count on {scale.memory_text(device.usable_low_bytes)}"
+        )
     if not request.tokens(1):
         page.paragraph("no data given: plans are compared by tokens; write --dataset-tokens N or --samples N")
     for reason in dict.fromkeys(plans.left_out.values()):
         names = ", ".join(name for name, why in plans.left_out.items() if why == reason)
         way = "; write --price 2.50 or --owned" if "price" in reason else ""
         page.paragraph(f"left out, {reason} known: {names}{way}")
+
+
+def _of_expected_memory(plans: Plans) -> list[Accelerator]:
+    names = dict.fromkeys(str(found.setup.accelerator) for found in plans.front)
+    return [device for device in map(find_accelerator, names) if device.usable_is_expected]
 
 
 def _why_none(plans: Plans, limits: Limits) -> str:

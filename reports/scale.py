@@ -73,6 +73,13 @@ def memory_text(amount: float, *, like: float | None = None) -> str:
     return f"{amount / unit[0]:,.{_shared_decimals(like / unit[0])}f} {unit[1]}"
 
 
+def margin_text(amount: int, *, fits: bool) -> str:
+    """What is left of a device's memory, or missing, in bytes: ``1.2 GiB to spare``."""
+    if not amount:
+        return "with nothing to spare"
+    return f"{memory_text(abs(amount))} {'to spare' if fits else 'too much'}"
+
+
 def _shared_decimals(value: float) -> int:
     return 2 if abs(value) < 100 else 1
 

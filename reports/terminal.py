@@ -132,8 +132,7 @@ def _print_fits(page: Page, fit: FitEstimate, fits_on: Sequence[FitEstimate]) ->
         return
     page.heading("Does it fit?")
     if fit.fits is not None and fit.margin_bytes is not None and fit.capacity_bytes is not None:
-        margin = scale.memory_text(abs(fit.margin_bytes))
-        verdict = f"yes, {margin} to spare" if fit.fits else f"NO, {margin} too much"
+        verdict = f"{'yes' if fit.fits else 'NO'}, {scale.margin_text(fit.margin_bytes, fits=fit.fits)}"
         capacity = scale.memory_text(fit.capacity_bytes)
         line = f"  {fit.gpu or 'device'}: {verdict} ({capacity} usable)"
         page.line(line, "bold green" if fit.fits else "bold red")

@@ -63,10 +63,10 @@ def _tiles(estimate: Estimate, found: DryRun, *, cuda: bool) -> list[Tile]:
     fit, memory = estimate.fits, estimate.memory
     verdict = "what must fit"
     if fit.margin_bytes is not None and fit.capacity_bytes is not None:
-        margin = scale.memory_text(abs(fit.margin_bytes))
-        verdict = f"{margin} {'to spare' if fit.fits else 'too much'} on {fit.gpu}"
+        margin = scale.margin_text(fit.margin_bytes, fits=fit.fits is True)
+        verdict = f"{margin} on {fit.gpu}"
         if fit.fits and memory.peak_device_bytes.value > fit.capacity_bytes:
-            verdict = f"with room; on {fit.gpu} the allocator gives cache back, {margin} to spare"
+            verdict = f"with room; on {fit.gpu} the allocator gives cache back, {margin}"
     tiles = [
         Tile(
             label="Allocated",

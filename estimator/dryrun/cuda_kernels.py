@@ -34,6 +34,7 @@ _WIDENED: frozenset[Any] = frozenset(
     - {functional.gelu}
 )  # fmt: skip
 _HALF = (torch.float16, torch.bfloat16)
+_ATTENTION = functional.scaled_dot_product_attention  # which context parallelism wraps
 
 
 class CudaFunctions(TorchFunctionMode):
@@ -48,7 +49,7 @@ class CudaFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
+        if func is _ATTENTION:
             return _attention(self._kernel, *args, **kwargs)
         if func in _WIDENED and torch.is_autocast_enabled("cpu"):
             args = tuple(_widened(value) for value in args)
@@ -185,4 +186,5 @@ _BUFFERS: dict[Any, Callable[[tuple[Any, ...]], tuple[int, ...]]] = {
     _BACKWARD_FLASH: _flash_backward,
     _BACKWARD_EFFICIENT: _efficient_backward,
     _aten.embedding_dense_backward.default: _embedding_backward,
+    _aten._linalg_svd.default: lambda args: (args[0].nbytes,),  # cuSOLVER works on a copy; its workspace is left out
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
 from estimator.setup import Setup
@@ -27,7 +26,5 @@ def _check_base(setup: Setup, kind: str) -> None:
         raise InputError(f"precision: {kind} computes in fp16; write --precision bf16")
     if is_cpu(setup.accelerator) and (gptq or kind == "int8"):
         raise InputError(f"base_quantization: {kind} runs on a GPU; name one with --gpu")
-    if setup.sharding != "none":
-        raise InputError(f"sharding: no dry run shards a base in {kind}; leave out --dry-run")
-    if resolve_model(setup.model).experts:
-        raise InputError("base_quantization: transformers 5 leaves experts unquantized; leave out --dry-run")
+    if setup.sharding not in ("none", "ddp", "fsdp"):
+        raise InputError(f"sharding: no dry run has {setup.sharding} over a base in {kind}; write --sharding fsdp or ddp")

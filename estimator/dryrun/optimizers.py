@@ -1,12 +1,15 @@
-"""The optimizers that a dry run steps with: torch's, transformers' and stand-ins for bitsandbytes'. Loads torch on import."""
+"""The optimizers that a dry run steps with: torch's, transformers', and stand-ins for those of packages that it does not need.
+Loads torch on import."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from estimator.build import decoder_layers
+from estimator.galore import RANK
 from estimator.setup import Setup
 
 _EIGHT_BIT_FROM, _PAGED_FROM, _BLOCK, _TABLE = 4096, 1e5, 256, 256
@@ -30,6 +33,8 @@ def build_optimizer(
         return torch.optim.AdamW(trained, lr=1e-5, foreach=cuda or setup.framework == "torch-loop", fused=False)
     if kind == "adamw-fused":
         return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    if kind == "galore":
+        return GaloreAdamW(trained, projected=[m.weight for m in _layers(model) if isinstance(m, torch.nn.Linear)])
     # Trainer has bitsandbytes keep wide states for embeddings.
     trainer = setup.framework == "hf-trainer"
     wide = [m.weight for m in model.modules() if trainer and isinstance(m, torch.nn.Embedding)]
@@ -75,3 +80,59 @@ class BitsAndBytesAdamW(torch.optim.Optimizer):
             state["absmax1"] = parameter.new_zeros(blocks, dtype=torch.float32)
             state["absmax2"] = parameter.new_zeros(blocks, dtype=torch.float32)
         return state
+
+
+def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for layer in decoder_layers(model):
+        yield from layer.modules()
+
+
+class GaloreAdamW(torch.optim.Optimizer):
+    """``galore_torch.GaLoreAdamW`` by its allocations (``estimator.galore``); projections are renewed in every step, as they are
+    in the 200th, when all states exist. Gradients are [rows, columns]; the shorter side is projected."""
+
+    def __init__(self, trained: list[torch.nn.Parameter], *, projected: Sequence[torch.Tensor]) -> None:
+        chosen = {id(parameter) for parameter in projected}
+        plain = [parameter for parameter in trained if id(parameter) not in chosen]
+        super().__init__([*plain, *(p for p in trained if id(p) in chosen)], {"lr": 1e-5})
+        self._projected = chosen
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One tensor after the other, those that are not projected first."""
+        assert closure is None
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state, gradient = self.state[parameter], parameter.grad
+            if id(parameter) in self._projected:
+                self._renew(state, gradient)
+                gradient = _narrowed(gradient, state["projection"])
+            for name in ("first", "second"):
+                if name not in state:
+                    state[name] = torch.zeros_like(gradient)
+            update = state["first"] / state["second"].sqrt()
+            if id(parameter) in self._projected:
+                update = _widened(update, state["projection"]) * 0.25
+            parameter.add_(update)
+
+    def _renew(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
+        """The projection's old storage lives until the new one is there."""
+        left, values, right = torch.linalg.svd(gradient.float(), full_matrices=False)
+        rank = min(RANK, len(values))
+        if gradient.shape[0] >= gradient.shape[1]:
+            left[:, :rank] @ torch.diag(values[:rank])
+            state["projection"] = right[:rank].to(gradient.dtype)
+        else:
+            torch.diag(values[:rank]) @ right[:rank]
+            state["projection"] = left[:, :rank].to(gradient.dtype)
+
+
+def _narrowed(gradient: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    tall = gradient.shape[0] >= gradient.shape[1]
+    return gradient @ projection.t() if tall else projection.t() @ gradient
+
+
+def _widened(update: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    tall = update.shape[0] >= update.shape[1]
+    return update @ projection if tall else projection @ update

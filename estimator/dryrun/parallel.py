@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from estimator.catalog import resolve_model
 from estimator.errors import InputError
+from estimator.hardware import is_cpu
 from estimator.setup import Setup
 from estimator.states import trainable_parameters
 
@@ -11,6 +12,7 @@ _FRAMEWORKS = ("hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan")
 """torchtitan: its step, sharding and compilation of each layer, around transformers' model of the same shape."""
 _BUCKET = 500_000_000
 _TENSOR_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+_MASKED_FAMILIES = ("gemma2", "gemma3", "gpt_oss", "bloom", "mpt", "falcon")
 _TENSOR_FRAMEWORKS = ("torchtitan", "torch-loop")
 
 
@@ -20,14 +22,16 @@ def check_parallel(setup: Setup) -> None:
         raise InputError(
             f"framework: a dry run does not execute {setup.framework}; write {', '.join(_FRAMEWORKS)}, or leave out --dry-run"
         )
-    for name in ("pipeline_parallel", "context_parallel", "expert_parallel"):
+    for name in ("pipeline_parallel", "expert_parallel"):
         if getattr(setup, name) > 1:
             raise InputError(
-                f"{name}: a dry run executes data and tensor parallelism alone; write 1, or leave out --dry-run"
+                f"{name}: a dry run executes data, tensor and context parallelism alone; write 1, or leave out --dry-run"
             )
     sharding = str(setup.sharding)
     if setup.tensor_parallel > 1:
         _check_tensor_parallel(setup)
+    if setup.context_parallel > 1:
+        _check_context_parallel(setup)
     if setup.offload == "optimizer" and not sharding.startswith("zero"):
         raise InputError(
             "offload: a dry run offloads the optimizer with DeepSpeed; write --framework hf-trainer+deepspeed"
@@ -41,10 +45,11 @@ def check_parallel(setup: Setup) -> None:
             f"sharding: a dry run does not execute {sharding} with {setup.framework}; ZeRO is --framework hf-trainer+deepspeed"
         )
     _refuse(setup, {"ddp": _unreplicated, "fsdp": _unsharded}.get(sharding, _unengined)(setup))
-    shards = setup.shard_size or setup.data_ranks
-    if setup.data_ranks % shards:
+    ranks = setup.data_ranks * setup.context_parallel
+    shards = setup.shard_size or ranks
+    if ranks % shards or shards % setup.context_parallel:
         raise InputError(
-            f"shard_size: {shards} does not divide {setup.data_ranks} data-parallel ranks; write --shard-size with a divisor"
+            f"shard_size: {shards} does not divide the {ranks} ranks that hold parameters evenly; write --shard-size {ranks}"
         )
 
 
@@ -70,11 +75,42 @@ def _check_tensor_parallel(setup: Setup) -> None:
     _refuse(setup, _unsplit(setup), "tensor parallelism")
 
 
+def _check_context_parallel(setup: Setup) -> None:
+    """torch's ring attention: without masks, by the kernels of GPUs that return sums of exponentials."""
+    shape, pieces = resolve_model(setup.model), 2 * setup.context_parallel
+    if setup.sharding != "fsdp":
+        raise InputError(
+            f"context_parallel: its ranks share parameters by FSDP2, not {setup.sharding}; write --sharding fsdp"
+        )
+    if setup.seq % pieces:
+        raise InputError(f"context_parallel: {setup.seq} tokens are not {pieces} even pieces; write --seq with a multiple")
+    if is_cpu(setup.accelerator):
+        raise InputError("context_parallel: torch has no ring attention for a CPU; write --gpu with another accelerator")
+    if shape.window or shape.family in _MASKED_FAMILIES:
+        raise InputError(
+            f"context_parallel: {shape.name}'s attention needs a mask, which ring attention has not; write 1, or leave out --dry-run"
+        )
+    grouped = shape.kv_heads != shape.heads and not shape.latent_attention
+    plain = grouped and (setup.precision == "fp32" or setup.attention_kernel == "efficient")
+    if plain:
+        raise InputError(
+            "context_parallel: grouped queries need the flash kernel, which takes half precision; write --precision bf16-mixed"
+        )
+    unringed = {
+        "attention": setup.attention not in ("sdpa", "flash"),
+        "attention_kernel": setup.attention_kernel == "math",
+        "compile": setup.compile,
+        "flat_parameters": setup.flat_parameters,
+    }
+    _refuse(setup, unringed, "context parallelism")
+
+
 def _unsplit(setup: Setup) -> dict[str, bool]:
     alone = setup.sharding == "none"
     return _unsharded(setup) | {
         "sharding": setup.sharding not in ("none", "fsdp"),
         "method": setup.method not in ("full", "freeze"),
+        "base_quantization": setup.base_quantization is not None,
         # The mask would be made for this rank's part of the sequence.
         "attention": setup.attention not in ("sdpa", "flash"),
         "loss": setup.loss != "standard",
@@ -103,7 +139,8 @@ def _unreplicated(setup: Setup) -> dict[str, bool]:
 
 def _unsharded(setup: Setup) -> dict[str, bool]:
     return {
-        "base_quantization": setup.base_quantization is not None,
+        # Packed weights are parameters only where they can be stored in the type of the rest.
+        "base_quantization": setup.base_quantization == "int8",
         "offload": setup.offload is not None,
         "optimizer_in_backward": setup.optimizer_in_backward,
         # torch's and transformers' Adafactor fail on sharded parameters, those of bitsandbytes on fake ones.

@@ -43,6 +43,15 @@ def cpu_mesh(**sizes: int) -> Any:
     return DeviceMesh.from_group(groups, "cpu", mesh=ranks, mesh_dim_names=names)
 
 
+def first_ranks(count: int, name: str) -> Any:
+    """The mesh of the first ``count`` ranks of a larger world."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    group = dist.new_group(list(range(count)))
+    return DeviceMesh.from_group([group], "cpu", mesh=torch.arange(count), mesh_dim_names=(name,))
+
+
 class _FirstChunk:
     """``torch.chunk``'s result, of which only the first, this rank's, is made: set-up does not grow with the world."""
 

@@ -7,8 +7,10 @@ import dataclasses
 import logging as standard_logging
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from estimator.catalog import resolve_model
+from estimator.conventions import conventions
 from estimator.dryrun.checks import check_activations
 from estimator.dryrun.libraries import check_libraries
 from estimator.dryrun.parallel import check_parallel, same_in_depth
@@ -17,6 +19,12 @@ from estimator.errors import InputError, MissingError
 from estimator.hardware import is_cpu
 from estimator.setup import LOSSES, OPTIMIZERS, QUANTIZATIONS, Setup
 
+if TYPE_CHECKING:
+    from estimator.dryrun.operators import OperatorCounter
+    from estimator.dryrun.tracker import Tracker
+    from estimator.dryrun.work import OperatorWork
+
+_ASKS_FOR_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")
 LAYERS_RUN = 5
 """Decoder layers that determine the rest: two at each end and the one that is repeated."""
 
@@ -28,15 +36,59 @@ def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, 
     layers are executed where the model has more; ``None``: all. The result is the same, but for models whose layers are
     not alike, which are run in full anyway. Raises InputError for what cannot be dry-run, MissingError without torch.
     """
+    setup = _as_run(setup)
+    with _quiet_libraries(), _countable():
+        return _run(setup, steps=steps, capacity_bytes=capacity_bytes, layers_run=layers_run)
+
+
+def count_operators(setup: Setup) -> OperatorWork:
+    """The operators of one step of ``setup``, with as few layers executed as determine the rest. Raises as ``dry_run``."""
+    try:
+        from estimator.dryrun.depth import write_out
+        from estimator.dryrun.operators import OperatorCounter
+        from estimator.dryrun.steps import depth, record
+    except ImportError as error:
+        raise _missing(error) from None
+    setup = _as_run(setup)
+    vocab = resolve_model(setup.model).vocab
+    counters: list[OperatorCounter] = []
+
+    def count(tracker: Tracker) -> OperatorCounter:
+        counters.append(OperatorCounter(tracker, vocab=vocab, seq=setup.seq))
+        return counters[-1]
+
+    with _quiet_libraries(), _countable():
+        layers = depth(setup)
+        run = _layers_run(setup, layers, LAYERS_RUN)
+        if write_out(record(setup, steps=1, layers=run, count=count), run=run, layers=layers) is None:
+            run = layers
+            record(setup, steps=1, layers=layers, count=count)
+    return counters[-1].work(run=run, layers=layers)
+
+
+def _missing(error: ImportError) -> MissingError:
+    return MissingError(f"dry_run: needs {error.name}; pip install 'vramcalc-toolkit[all]'")
+
+
+def _as_run(setup: Setup) -> Setup:
+    """``setup`` resolved and checked, with the stand-ins for what is not run itself."""
     setup = setup.resolved()
     check_dry_runnable(setup)
     if setup.attention == "flash":  # the flash-attn package keeps what torch's flash kernel keeps
         setup = dataclasses.replace(setup, attention="sdpa", attention_kernel="flash")
+    if setup.optimizer == "adamw" and conventions(setup).fused_optimizer:
+        setup = dataclasses.replace(setup, optimizer="adamw-fused")
     if str(setup.base_quantization).startswith("gptq"):  # its kernels that have a backward pass know fp16 only
         precision, autocast = setup.precision.replace("bf16", "fp16"), "fp16" if setup.autocast else None
         setup = dataclasses.replace(setup, precision=precision, autocast=autocast)
-    with _quiet_libraries(), _countable():
-        return _run(setup, steps=steps, capacity_bytes=capacity_bytes, layers_run=layers_run)
+    return setup
+
+
+def _layers_run(setup: Setup, layers: int, most: int | None) -> int:
+    """How many of the model's layers are executed at first."""
+    # The first layers of some mixtures of experts are dense: the middle one must be far enough from them.
+    few = None if most is None else most + 2 * resolve_model(setup.model).dense_layers
+    return layers if few is None or layers <= few or not same_in_depth(setup) else few
 
 
 def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: int | None) -> DryRun:
@@ -45,11 +97,9 @@ def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: in
         from estimator.dryrun.replay import replay
         from estimator.dryrun.steps import depth, record
     except ImportError as error:
-        raise MissingError(f"dry_run: needs {error.name}; pip install 'vramcalc-toolkit[all]'") from None
+        raise _missing(error) from None
     layers = depth(setup)
-    # The first layers of some mixtures of experts are dense: the middle one must be far enough from them.
-    few = None if layers_run is None else layers_run + 2 * resolve_model(setup.model).dense_layers
-    run = layers if few is None or layers <= few or not same_in_depth(setup) else few
+    run = _layers_run(setup, layers, layers_run)
     written = write_out(record(setup, steps=steps, layers=run), run=run, layers=layers)
     if written is None:
         run = layers
@@ -86,10 +136,14 @@ def _quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _countable() -> Iterator[None]:
-    """torch counts a tensor's elements and bytes in 63 bits."""
+    """torch counts a tensor's elements and bytes in 63 bits, and fake tensors hold no values."""
     try:
         yield
     except (RuntimeError, OverflowError) as error:
+        if type(error).__name__ in _ASKS_FOR_VALUES:
+            raise InputError(
+                "dry_run: this model's code asks what its tensors hold, which no dry run knows; leave out --dry-run"
+            ) from None
         if "overflow" not in str(error).lower():
             raise
         raise InputError(

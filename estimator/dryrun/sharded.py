@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers
+from estimator.build import decoder_layers, weight_dtype
+from estimator.conventions import shards_flat
 from estimator.dryrun import private_fsdp
+from estimator.dryrun.packed import store_packed
 from estimator.dryrun.private_api import replaced
+from estimator.dryrun.returned_inputs import keep_inputs
 from estimator.dryrun.tensor_parallel import parallelize, split_loss
 from estimator.dryrun.tracker import Tracker
+from estimator.flat_parameters import keeps_layer_inputs
 from estimator.setup import Setup
 
 
@@ -29,9 +33,12 @@ def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
     Embedding, every decoder layer, and final norm with head are each gathered by themselves, as torchtitan and accelerate have
     it; the last stays gathered between forward and backward. With tied embeddings both tables are in the last.
     """
-    shards = setup.shard_size or setup.data_ranks
+    if setup.base_quantization:
+        store_packed(model, weight_dtype(setup))
+    ranks = setup.data_ranks * setup.context_parallel  # parameters are sharded over both
+    shards = setup.shard_size or ranks
     # Whether there are more ranks than share the shards decides if gradients are reduced twice; how many changes nothing.
-    replicas = 2 if setup.data_ranks > shards else 1
+    replicas = 2 if ranks > shards else 1
     sizes = {"replicate": replicas, "shard": shards, "tensor": setup.tensor_parallel}
     sizes = {name: size for name, size in sizes.items() if size > 1 or (name, setup.sharding) == ("shard", "fsdp")}
     with contextlib.ExitStack() as stack:
@@ -39,6 +46,10 @@ def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
         stack.enter_context(private_fsdp.lazy_chunks())
         if setup.tensor_parallel > 1:
             stack.enter_context(split_loss())
+        if setup.context_parallel > 1:
+            from estimator.dryrun.context_parallel import ring_attention
+
+            stack.enter_context(ring_attention(private_fsdp.first_ranks(setup.context_parallel, "context")))
         distribute(model, setup, private_fsdp.cpu_mesh(**sizes))
         yield
 
@@ -58,15 +69,17 @@ def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(setup)}
-    for modules, reshards in _units(model):
+    for modules, reshards in _units(model, flat=shards_flat(setup)):
         fully_shard(modules, reshard_after_forward=setup.reshard_after_forward and reshards, **options)
     fully_shard(model, **options)
 
 
 def _policy(setup: Setup) -> Any:
-    """torchtitan reduces in fp32, accelerate in the compute type."""
+    """torchtitan reduces in fp32, accelerate in the compute type. Packed weights are gathered as they are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    if setup.base_quantization:
+        return MixedPrecisionPolicy()
     half = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}.get(setup.precision)
     if half is None:
         return MixedPrecisionPolicy()
@@ -75,9 +88,12 @@ def _policy(setup: Setup) -> Any:
     return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
 
 
-def _units(model: Any) -> list[tuple[Any, bool]]:
-    """What is gathered together, and whether it is freed after the forward pass."""
+def _units(model: Any, *, flat: bool) -> list[tuple[Any, bool]]:
+    """What is gathered together, and whether it is freed after the forward pass; all else is the root's, which is gathered
+    first and stays. flat: FSDP1's units, whose root has both tables."""
     layers = decoder_layers(model)
+    if flat:
+        return [(layer, True) for layer in layers]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     norms = _after(model, layers)
     tied = head is not None and embedding.weight is head.weight
@@ -100,8 +116,10 @@ def _after(model: torch.nn.Module, layers: torch.nn.Module) -> list[torch.nn.Mod
 
 
 @contextlib.contextmanager
-def watched(tracker: Tracker) -> Iterator[None]:
+def watched(tracker: Tracker, model: Any, setup: Setup) -> Iterator[None]:
     """FSDP's own allocations, of what for and in which stream, are seen by ``tracker``."""
+    if keeps_layer_inputs(setup):
+        keep_inputs(decoder_layers(model), tracker)
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.distributed.tensor import DTensor

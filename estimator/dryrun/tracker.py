@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 
 from estimator.dryrun.cuda_kernels import MATRIX_PRODUCTS, kernel_buffers
 from estimator.dryrun.events import Storage, Stream
+from estimator.dryrun.position import Position
 from estimator.dryrun.private_api import (
     TorchDispatchMode,
     creates_storage,
-    executing_node,
     held_by_nobody_else,
-    next_sequence_number,
 )
 
 _aten = torch.ops.aten
@@ -41,20 +39,11 @@ class Tracker(TorchDispatchMode):
         self.host_scalars = False
         """Zero-dimensional tensors are on the host: an optimizer's step counters."""
         self._vocab, self._workspace, self._cuda = vocab, workspace_bytes, cuda
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
-        self._layer_names = [self._names[id(layer)] for layer in layers]
-        self._layer_heads = {id(layer) for layer in layers}
-        self._last_layer = max(self._layer_of.values(), default=0)
+        self.position = Position(model, layers)
+        """Which layer and module are at work."""
         self._live: dict[int, tuple[int, Any]] = {}
         self._parameters: dict[int, str] = {}
         self._creates: dict[Any, bool] = {}
-        self._layer: int | None = None
-        self._module = ""
-        self._starts: list[int] = []
-        self._started: list[int | None] = []
-        self._recomputed = 0
-        self._phase = "load"
         self._threads: set[str] = set()
         self._waiting: list[int] | None = None
         self.wrappers: tuple[type, ...] = ()
@@ -72,52 +61,17 @@ class Tracker(TorchDispatchMode):
 
     def begin(self, phase: str) -> None:
         """The next phase of the step."""
-        self._phase, self._layer, self._module = phase, None, ""
-        if phase == "forward":
-            self._starts, self._started = [], []
-        if phase == "backward":
-            self._recomputed = next_sequence_number()
+        self.position.begin(phase)
         self.stream.begin(phase)
 
-    def leave_layers(self) -> None:
-        """Backward has passed: what dies with the graph is of the layer that it was allocated for."""
-        self._layer = None
-
-    def enter_module(self, module: torch.nn.Module, _: Any) -> None:
-        """A forward pre-hook of every module."""
-        self._module = self._names.get(id(module), self._module)
-        if id(module) in self._layer_heads:
-            self._layer = self._layer_of[id(module)]
-            self._number(self._layer)
-
-    def leave_module(self, module: torch.nn.Module, *_: Any) -> None:
-        """A forward hook of every module."""
-        self._module = self._names.get(id(module), self._module).rpartition(".")[0]
-        if id(module) in self._layer_heads and self._layer == self._last_layer and self._phase != "backward":
-            self._layer = None
-            self._number(None)
-
-    def _number(self, layer: int | None) -> None:
-        """From here on autograd's nodes are this layer's."""
-        number = next_sequence_number()
-        if self._starts and number < self._starts[-1]:
-            return
-        self._starts.append(number)
-        self._started.append(layer)
-
     def _locate(self) -> None:
-        node = executing_node()
-        if node is None:
-            return
-        number, parameter = node
-        if parameter is not None:
-            known = self._live.get(_key(parameter))
-            self._layer = self.stream.storages[known[0]].layer if known else self.homes.get(_key(parameter))
-            return
-        if number >= self._recomputed:
-            return  # reentrant checkpointing's own backward: of the layer that it recomputes
-        at = bisect_right(self._starts, number) - 1
-        self._layer = self._started[at] if at >= 0 else None
+        """In backward the layer is that of the node at work."""
+        if self.position.phase == "backward":
+            self.position.locate(self._layer_of)
+
+    def _layer_of(self, parameter: torch.Tensor) -> int | None:
+        known = self._live.get(_key(parameter))
+        return self.stream.storages[known[0]].layer if known else self.homes.get(_key(parameter))
 
     # --- storages -------------------------------------------------------------------------------------------------
 
@@ -165,9 +119,9 @@ class Tracker(TorchDispatchMode):
 
     def allocated(self, tensor: torch.Tensor) -> None:
         """A storage that was emptied has been given memory again."""
-        if self._phase == "backward":
-            self._locate()
-        self._record(tensor, "communication", self._layer, self._holder(self._layer), self._layer)
+        self._locate()
+        layer = self.position.layer
+        self._record(tensor, "communication", layer, self.position.holder(), layer)
 
     def freed(self, tensor: torch.Tensor) -> None:
         """A storage is about to be emptied."""
@@ -212,7 +166,7 @@ class Tracker(TorchDispatchMode):
             self._waiting.append(index)
 
     def _bury(self, index: int) -> None:
-        layer = self._layer if self._layer is not None else self.stream.storages[index].layer
+        layer = self.position.layer if self.position.layer is not None else self.stream.storages[index].layer
         self.stream.death(index, layer)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,7 +184,7 @@ class Tracker(TorchDispatchMode):
             creates = self._creates[func] = creates_storage(func)
         if not creates:
             return func(*args, **kwargs)
-        if self._phase == "backward":
+        if self.position.phase == "backward":
             self._locate()
             adds_gradients = func is _aten.add.Tensor and not torch.is_grad_enabled() and _same_kind(args)
             # Autograd adds up the gradients of a tensor that was used twice, into the first where nobody else holds it.
@@ -259,21 +213,15 @@ class Tracker(TorchDispatchMode):
         ):
             return  # on the host
         source = self._source(args, position)
-        layer = self._layer
+        layer = self.position.layer
         grows = 0
-        if layer is None and source is not None and self._phase in ("optimizer", "between"):
+        if layer is None and source is not None and self.position.phase in ("optimizer", "between"):
             layer = source.layer
-        if func is _aten.stack.default and self._phase == "optimizer":
+        if func is _aten.stack.default and self.position.phase == "optimizer":
             # One element for each gradient: the middle layer's are what every further layer adds.
-            own, middle = [self._known(t) for t in args[0]], (self._last_layer + 1) // 2
+            own, middle = [self._known(t) for t in args[0]], (self.position.last_layer + 1) // 2
             grows = tensor.element_size() * sum(1 for s in own if s is not None and s.layer == middle)
-        self._record(tensor, self._categorize(tensor, func, source), layer, self._holder(layer), layer, grows)
-
-    def _holder(self, layer: int | None) -> str:
-        """The module at work; of backward's formulas only the layer is known."""
-        if self._phase == "backward" and not torch.is_grad_enabled():
-            return "" if layer is None else self._layer_names[layer]
-        return self._module
+        self._record(tensor, self._categorize(tensor, func, source), layer, self.position.holder(), layer, grows)
 
     def _known(self, tensor: Any) -> Storage | None:
         if not isinstance(tensor, torch.Tensor):
@@ -291,36 +239,35 @@ class Tracker(TorchDispatchMode):
         return self._known(first)
 
     def _categorize(self, tensor: torch.Tensor, func: Any, source: Storage | None) -> str:
-        if self._phase == "optimizer" or self._phase == "between":
+        if self.position.phase == "optimizer" or self.position.phase == "between":
             return "temporaries"
-        wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocab and self._layer is None
+        wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocab and self.position.layer is None
         if wide and (source is None or source.category != "parameters"):
             return "logits"
         if func is _aten._to_copy.default and source is not None and source.category == "parameters":
             return "temporaries"  # autocast's copy of a weight
-        if self._phase == "backward" and not torch.is_grad_enabled():
+        if self.position.phase == "backward" and not torch.is_grad_enabled():
             return "temporaries"
         return "activations"
 
     def _take_workspace(self) -> None:
-        thread = "backward" if self._phase == "backward" else "forward"
+        thread = "backward" if self.position.phase == "backward" else "forward"
         if thread in self._threads:
             return
         self._threads.add(thread)
         self.stream.birth(
-            Storage(bytes=self._workspace, category="workspace", layer=None, holder=f"cuBLAS, {thread}"), self._layer
+            Storage(bytes=self._workspace, category="workspace", layer=None, holder=f"cuBLAS, {thread}"),
+            self.position.layer,
         )
 
     def _buffers(self, sizes: tuple[int, ...]) -> None:
+        layer, holder = self.position.layer, self.position.holder()
         born = [
-            self.stream.birth(
-                Storage(bytes=size, category="temporaries", layer=self._layer, holder=self._holder(self._layer)),
-                self._layer,
-            )
+            self.stream.birth(Storage(bytes=size, category="temporaries", layer=layer, holder=holder), layer)
             for size in sizes
         ]
         for index in reversed(born):
-            self.stream.death(index, self._layer)
+            self.stream.death(index, layer)
 
 
 def _key(tensor: torch.Tensor) -> int:

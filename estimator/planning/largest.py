@@ -69,7 +69,7 @@ def _roomiest(space: Space) -> list[tuple[Setup, int]]:
     found: dict[Setup, tuple[Setup, int]] = {}
     for base in space.bases():
         assert base.accelerator is not None
-        usable = find_accelerator(base.accelerator).usable_bytes
+        usable = find_accelerator(base.accelerator).usable_low_bytes
         anywhere = dataclasses.replace(base, accelerator=None)
         if usable is not None and (anywhere not in found or found[anywhere][1] < usable):
             found[anywhere] = (base, usable)

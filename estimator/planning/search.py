@@ -51,6 +51,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Miss:
+    """A setup that does not fit."""
+
+    setup: Setup
+    bytes: int
+    """What its device peak takes beyond the capacity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plans:
     """The outcome of a search."""
 
@@ -60,12 +69,15 @@ class Plans:
     """Setups that were predicted."""
     fitting: int
     """Those whose device peak fits."""
-    nearest: Setup | None
-    """Where none fits: the one that misses by least."""
-    nearest_bytes: int
-    """What its device peak takes beyond the capacity."""
+    misses: tuple[Miss, ...]
+    """Of each method of which nothing fits the setup that misses by least, the nearest of all first."""
     left_out: Mapping[str, str]
     """Accelerators that no plan could be made of, and what is not known of each."""
+
+    @property
+    def nearest(self) -> Miss | None:
+        """Where nothing fits at all: what misses by least."""
+        return None if self.fitting else self.misses[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,37 +113,41 @@ def plan(
     shape = resolve_model(space.given["model"][0])
     found: list[tuple[_Candidates, numpy.ndarray]] = []
     searched = fitting = 0
-    nearest: tuple[float, Setup | None] = (float("inf"), None)
+    closest = dict[str, tuple[float, Setup]]()
+    """By method the least that a setup is over, negative where it fits."""
     left_out = dict[str, str]()
     for some in _predicted(space, shape, request, left_out):
         over = some.device_bytes - some.capacity_bytes
         searched += len(over)
         good = over <= 0
         fitting += int(good.sum())
-        if not fitting and float(over.min()) < nearest[0]:
-            nearest = (float(over.min()), some.setup(int(over.argmin())))
+        least = float(over.min())
+        if least < closest.get(some.base.method, (math.inf,))[0]:
+            closest[some.base.method] = (least, some.setup(int(over.argmin())))
         for most, values in ((limits.hours, some.hours), (limits.usd, some.usd)):
             if most is not None:
                 good = good & (values <= most)
         if good.any():
             found.append((some, numpy.flatnonzero(good)))
     if not searched:
-        raise InputError(_nothing(space, left_out))
+        raise InputError(_nothing(space, left_out, space.sequences_per_step(request.tokens(space.seq))))
     return Plans(
         front=_front(found, request, limits, fits),
         searched=searched,
         fitting=fitting,
-        nearest=None if fitting else nearest[1],
-        nearest_bytes=0 if fitting else round(nearest[0]),
+        misses=tuple(
+            Miss(setup=setup, bytes=round(over))
+            for over, setup in sorted(closest.values(), key=lambda c: c[0])
+            if over > 0
+        ),
         left_out=left_out,
     )
 
 
-def _nothing(space: Space, left_out: Mapping[str, str]) -> str:
+def _nothing(space: Space, left_out: Mapping[str, str], batch: int | None) -> str:
     for name, reason in left_out.items():
         way = "dollars for one GPU-hour, --price 2.50, or --owned" if "price" in reason else "another --gpu"
         return f"{'price' if 'price' in reason else 'accelerator'}: {reason} of {name} is known; write {way}"
-    batch = space.sequences_per_step(None)
     if batch is not None:
         return (
             f"global_batch: no batch, accumulation and count of devices make {batch} sequences a step; "
@@ -149,7 +165,7 @@ def _predicted(space: Space, shape: ModelShape, request: RunRequest, left_out: d
     for base in space.bases():
         assert base.accelerator is not None
         device = find_accelerator(base.accelerator)
-        price, usable_bytes = _price(base, space, request), device.usable_bytes
+        price, usable_bytes = _price(base, space, request), device.usable_low_bytes
         if usable_bytes is None:
             left_out[device.name] = "no usable memory"
         elif device.matrix_flops(base.precision) is None or device.bandwidth_bytes_per_second is None:

@@ -18,6 +18,8 @@ MOST_ACCELERATORS = 512
 FINE_TUNE_TOKENS_PER_STEP, PRETRAINING_TOKENS_PER_STEP = 2**17, 2**22
 """Tokens of an optimizer step where no global batch is given; published fine-tunes and pretrainings, roughly."""
 _PRETRAINING_TOKENS = 10**11
+_DEVICES_PER_SEQUENCE = 8
+"""At most, of the assumed global batch: Llama 3 405B had 2,048 sequences on 16,384."""
 
 NUMBERS = (
     "accelerators", "tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "batch", "accumulation",
@@ -66,8 +68,10 @@ class Space:
         if "accumulation" in self.given:
             return None
         wanted = PRETRAINING_TOKENS_PER_STEP if (tokens or 0) >= _PRETRAINING_TOKENS else FINE_TUNE_TOKENS_PER_STEP
+        # Enough for pipelines of the devices that were given to be filled.
+        sequences = max(wanted / self.seq, min(self.given.get("accelerators", (1,))) / _DEVICES_PER_SEQUENCE)
         odd = self._odd_part()
-        return odd << max(0, (round(wanted / self.seq) // odd).bit_length() - 1)
+        return odd << max(0, (round(sequences) // odd).bit_length() - 1)
 
     def _odd_part(self) -> int:
         """What a global batch must divide by so that the counts and batches that were given can make it, twos apart."""
@@ -93,10 +97,15 @@ class Space:
         for point in itertools.product(*axes.values()):
             settings = _of_its_method(dict(zip(axes, point, strict=True)))
             key = tuple(settings.items())
-            if key in seen or _contradicts(settings):
+            if key in seen or _contradicts(settings) or self._unknown_there(settings):
                 continue
             seen.add(key)
             yield Setup(**settings).resolved()
+
+    def _unknown_there(self, settings: Mapping[str, Any]) -> bool:
+        """A method that a framework which nobody asked for does not have."""
+        searched = "framework" not in self.given
+        return searched and settings["framework"] == "torchtitan" and settings["method"] in ("freeze", "dora", "qlora")
 
     def numbers(self, base: Setup, *, experts: bool) -> dict[str, tuple[int, ...]]:
         """The values of each of ``NUMBERS`` for one of the ``bases``; accumulation only where it was given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -109,6 +110,37 @@ def test_only_what_the_end_of_the_time_cut_off_is_run_again(
     assert len(ran) == 4 and ran[2] == ran[3]
 
 
+def test_edges_are_run_on_until_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    class Executor(gpu_truth._TruthExecutor):
+        def run(self, setup: Setup, scratch: Path, log: Path) -> MeasuredRun:
+            ran.append(setup.batch)
+            outcome = "ok" if setup.batch <= 4 else "oom"
+            return MeasuredRun(run=run_key(setup, self._procedure, self._device), setup=setup, outcome=outcome)
+
+    (tmp_path / "matrix.csv").write_text(HEADER + "edge,smollm2-135m,hf-trainer,fp32,,512,2,\n")
+    monkeypatch.setattr(gpu_truth, "_TruthExecutor", Executor)
+    monkeypatch.setattr(gpu_truth, "_server", lambda device, out: contextlib.nullcontext())
+    arguments = ["--out", str(tmp_path / "r"), "--matrix", str(tmp_path / "matrix.csv"), "--cache", str(tmp_path)]
+    for _ in range(2):
+        assert gpu_truth.main(arguments) == 0
+        assert ran == [2, 3, 4, 5]
+    assert [run.outcome for run in read_runs(tmp_path / "r")] == ["ok", "ok", "ok", "oom"]
+
+
+def test_a_large_checkpoint_is_written_where_the_disk_has_room_and_once_of_each_kind() -> None:
+    gib = 2**30
+    assert gpu_truth.checkpoint_limit_bytes(10 * gib, 90.0, known=False) == 8 * gib
+    assert gpu_truth.checkpoint_limit_bytes(10 * gib, 90.0, known=True) == 4 * gib
+    assert gpu_truth.checkpoint_limit_bytes(2 * gib, 90.0, known=True) == round(1.6 * gib)
+    # In 45 s of a point's 90 a disk writes 22.5 GB.
+    assert gpu_truth.checkpoint_limit_bytes(10**13, 90.0, known=False) == 22_500_000_000
+    one, other = Setup(model="llama-3.2-1b", batch=1), Setup(model="llama-3.2-1b", batch=8, seq=64)
+    assert gpu_truth._checkpoint_kind(one) == gpu_truth._checkpoint_kind(other)
+    assert gpu_truth._checkpoint_kind(one) != gpu_truth._checkpoint_kind(Setup(model="llama-3.2-1b", optimizer="sgd"))
+
+
 def test_rates_are_rows_and_resume(tmp_path: Path) -> None:
     assert gpu_rates.main(["--out", str(tmp_path), "--cases", "3", "--tiny"]) == 0
     first = (tmp_path / "rates.csv").read_text()
@@ -151,9 +183,24 @@ def test_a_third_is_held_back_by_the_runs_id_alone(out: Path) -> None:
     ]  # fmt: skip
     (results,) = own_results(out.parent)
     runs = read_runs(out)
-    assert set(results.fitted) | set(results.held_back) == set(runs)
+    assert {run.run for run in (*results.fitted, *results.held_back)} == {run.run for run in runs}
     assert all(is_held_back(run.run) for run in results.held_back)
     assert not any(is_held_back(run.run) for run in results.fitted)
+
+
+def test_times_of_a_machine_that_others_kept_busy_are_no_evidence(out: Path, tmp_path: Path) -> None:
+    def under(load: float, run: MeasuredRun) -> MeasuredRun:
+        facts = json.loads(run.environment or "{}") | {"load_average": load, "cores": 2}
+        return dataclasses.replace(run, environment=json.dumps(facts))
+
+    first, second, *_ = read_runs(out)
+    (tmp_path / "cpu-2000-01-01").mkdir()
+    write_runs(tmp_path / "cpu-2000-01-01" / "measured_runs.csv", [under(2.4, first), under(2.6, second)])
+    (results,) = own_results(tmp_path)
+    quiet, busy = sorted((*results.fitted, *results.held_back), key=lambda run: run.run != first.run)
+    assert quiet == under(2.4, first) and quiet.step_seconds
+    assert (busy.step_seconds, busy.tokens_per_second_per_accelerator, busy.checkpoint_seconds) == (None, None, None)
+    assert busy.peak_allocated_bytes == second.peak_allocated_bytes and busy.checkpoint_bytes == second.checkpoint_bytes
 
 
 def test_directories_without_a_table_are_no_results(out: Path, tmp_path: Path) -> None:

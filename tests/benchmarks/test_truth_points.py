@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.truth_points import MATRIX, edge_batches, predicted_bytes, shrunk, truth_points
+from benchmarks.truth_points import MATRIX, edge_batches, missing_edges, predicted_bytes, shrunk, truth_points
 from estimator.setup import Setup
 from profiler.device import LocalDevice
 
@@ -67,11 +67,36 @@ def test_the_batches_at_the_edge_are_the_last_that_fits_and_the_first_that_clear
     assert edge_batches(setup, 2 * GIB) == []
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "batch"),
+    [
+        ({50: "ok", 52: "ok", 55: "ok"}, 58),
+        ({50: "oom", 52: "oom"}, 47),
+        ({1: "oom"}, None),
+        ({1: "ok"}, 2),
+        ({50: "ok", 52: "oom"}, None),
+        ({50: "ok", 52: "failed"}, None),
+        ({50: "ok", 52: None}, None),
+    ],
+    ids=str,
+)
+def test_an_edge_is_looked_for_until_a_batch_fits_and_a_larger_one_does_not(
+    outcomes: dict[int, str | None], batch: int | None
+) -> None:
+    one = Setup(model="llama-3.2-1b")
+    settled = {dataclasses.replace(one, seq=512, batch=n): end for n, end in ((3, "ok"), (4, "oom"))}
+    tried = {dataclasses.replace(one, batch=n): end for n, end in outcomes.items()} | settled
+    further = missing_edges(list(tried), tried)
+    assert further == ([] if batch is None else [dataclasses.replace(one, batch=batch)])
+
+
 def test_the_tiny_form_keeps_every_setting_that_a_cpu_has() -> None:
     points, left_out = truth_points(CPU, tiny=True)
     assert len(points) > 40 and all(point.setup.accelerator == "cpu" for point in points)
     assert {point.setup.model.removesuffix("-llama") for point in points} == {"nano", "micro", "mini"}
     assert max(point.setup.seq for point in points) <= 256
+    quantized = {point.setup.base_quantization for point in points} | {row.setup.base_quantization for row in left_out}
+    assert {"nf4", "nf4-dq"} <= quantized  # where bitsandbytes is
     assert "fp16 needs a GPU" in {row.reason for row in left_out}
     small = shrunk(Setup(model="llama-3.1-8b", method="lora", checkpointing="full", seq=4096, batch=8, accumulation=4))
     assert (small.model, small.seq, small.batch, small.accumulation) == ("mini-llama", 256, 2, 4)

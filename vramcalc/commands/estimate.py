@@ -87,6 +87,7 @@ def estimate(
     """Predict memory, time, checkpoints and cost of a fine-tune."""
     from estimator.cost import RunRequest
     from estimator.errors import InputError
+    from estimator.estimate import check_reserve
     from estimator.estimate import estimate as predict
     from estimator.units import parse_bytes, parse_count, parse_dollars
 
@@ -109,6 +110,7 @@ def estimate(
         budget_usd=None if budget is None else parse_dollars(budget, "budget"),
         grid_gco2_per_kwh=grid_gco2,
     )
+    check_reserve(setup.accelerator, request.reserve_bytes)
     laws, name = None, None
     if not no_calibration:
         from vramcalc.calibrations import find_calibration

@@ -107,8 +107,8 @@ def plan(
         from reports.terminal import describe_setup
 
         raise DoesNotFitError(
-            f"plan: none of {plans.searched:,} setups fits; the nearest is {memory_text(plans.nearest_bytes)} too large: "
-            + describe_setup(plans.nearest)
+            f"plan: none of {plans.searched:,} setups fits; the nearest is {memory_text(plans.nearest.bytes)} too large: "
+            + describe_setup(plans.nearest.setup)
         )
 
 

@@ -48,6 +48,7 @@ def profile(
     retry: Annotated[
         bool, typer.Option("--retry", help="Run again what ran out of memory, failed or timed out.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Try points that are not expected to fit.")] = False,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="List the points and run none.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, in base units.")] = False,
 ) -> None:
@@ -57,6 +58,7 @@ def profile(
     in a process of its own, and its row is on the disk when it ends.
     """
     from estimator.units import parse_bytes
+    from harness.forecast import refuse_hopeless_points
     from harness.point import Procedure
     from harness.sweep import PointLimits, plan_sweep
     from profiler.device import local_device
@@ -74,6 +76,8 @@ def profile(
         _print_plan(points, json_output=json_output)
         return
     points = plan_sweep(setups, (), procedure=procedure, device=device)  # bad settings leave no directory behind
+    if not force:
+        refuse_hopeless_points([point.setup for point in points], device)
     with RunStore(out) as store:
         points = plan_sweep(setups, store.runs, procedure=procedure, device=device, retry=retry)
         runs = _run(points, store, procedure, device, limits)

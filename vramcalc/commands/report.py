@@ -48,6 +48,10 @@ def report(
         found, unread = read_table(table)
         runs |= {run.run: run for run in found}
         skipped += [(skip.run, skip.reason) for skip in unread]
+    if not runs and losses is None:
+        names = ", ".join(map(str, tables))
+        first = f"the first, run {skipped[0][0]}: {skipped[0][1]}" if skipped else "they have none"
+        raise InputError(f"table: none of the {len(skipped)} rows of {names} can be shown; {first}")
     if laws is not None and runs and not any(matches(laws, run.setup.accelerator) for run in runs.values()):
         measured = ", ".join(sorted({str(run.setup.accelerator) for run in runs.values()}))
         raise InputError(

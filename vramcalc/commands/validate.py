@@ -25,7 +25,7 @@ def validate(
     """Predict every row of a table of measured runs, and score the predictions."""
     from estimator.calibration_file import read_calibration
     from estimator.estimate import estimate
-    from estimator.validation import unreadable_row
+    from estimator.validation import refuse_nothing_predicted, unreadable_row
     from estimator.validation import validate as score_rows
     from profiler.stated import read_sized_table
 
@@ -47,3 +47,4 @@ def validate(
         from reports.validation import print_validation
 
         print_validation(Console(highlight=False), validation)
+    refuse_nothing_predicted(validation, table)
