@@ -22,9 +22,7 @@ errors of the step time, each row predicted by a fit without it and without all 
 """
 WORST = """### The worst speeds
 
-What made the difference is in no column of most of these. Megatron-Bridge's mixtures of experts became up to 1.6 times as fast from one release to the next with the same settings (the fourth column shows what the same setup reached in other
-rows), and its first pipelines of small experts on H100s, with 16 experts a device, reached six tenths of what the next release did without a pipeline. Single rows that stand apart from their own series: mpt-30b at 8,192 tokens (its neighbours at
-512 and 2,048 reach 1.4 times the FLOP/s), Llama-3-8B on four A100s. The rest are one or two rows of their kind: QLoRA on two cards with small batches, LoRA over two machines, torchtune's 70B."""
+The rows that are furthest off. The fourth column holds what other rows of the same setup (whatever their sharding) measured: where it differs from the third, no column states what made the difference - a release, a kernel."""
 SIZES = (
     (1e9, "below 1B"),
     (8.5e9, "1B to 8B"),

@@ -57,14 +57,17 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     q, kv, v = (width / tensor for width in (shape.query_width, shape.kv_width, shape.value_width))
     trains = setup.method in ("full", "freeze")
     norms = _norms(shape, setup, size, moe=moe) / tensor  # split by sequence in Megatron's and DTensor's plans
+    if trains and conventions(setup).parallel_loss:
+        # DTensor keeps whole what the projections read; Megatron gathers it again.
+        norms = norms + c * h * min(shape.norms_per_layer, 2) * (1 - 1 / tensor)
     attention = attention_bytes(shape, setup, size, masked=masked)
-    selective, fixed = selective_bytes(shape, setup, size)
+    selective, fixed = selective_bytes(shape, setup, size, moe=moe)
     mlp, mlp_transient = feed_forward_bytes(shape, setup, size, moe=moe)
     kept = norms + attention.kept + mlp
     if not trains:
-        kept += adapter_bytes(shape, setup, size)
-    # Backward is through with the feed-forward when it comes to attention.
-    attention_transient = c * (q + 2 * kv + v) + s * h / tensor
+        kept += adapter_bytes(shape, setup, size, moe=moe)
+    # Backward is through with the feed-forward and its norm when it comes to attention.
+    attention_transient = c * (q + 2 * kv + v) + s * h / tensor - norms / 2
     eight_bit = eight_bit_input_bytes(shape, setup, size)
     kept += eight_bit
     return LayerActivations(
@@ -74,7 +77,7 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
         selective_fixed=fixed / tensor,
         layer_input=s * h / tensor,
         selective_scores=attention.first_product,
-        quantized_inputs=eight_bit,
+        quantized_inputs=eight_bit + (c * v if eight_bit else 0.0),  # attention's output, which it keeps anyway
         mlp=mlp,
         transient=mlp_transient + s * h / tensor,  # the stream's own gradient
         attention_transient=attention_transient,

@@ -16,7 +16,7 @@ BITSANDBYTES = ("nf4", "nf4-dq", "int8")
 """Quantizations whose products are bitsandbytes' own."""
 
 
-def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> Number:
     """What LoRA keeps: the input of each adapted matrix, and the low-rank product.
 
     Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
@@ -25,7 +25,7 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     if setup.method.startswith("adapter"):
         return _prompt_adapter_bytes(shape, setup, size)
     assert setup.lora_rank is not None
-    modules = adapted_matrices(shape, setup)
+    modules = adapted_matrices(shape, setup, moe=moe)
     convention = conventions(setup)
     quantized = 0.0
     if convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
@@ -54,13 +54,15 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     if setup.method == "dora":
         # What the magnitude scales: the adapter's product and the base's, which loses its bias first (in the bias's type).
         for name, _, outputs in modules:
-            biased = (
-                size.casts_weights
-                and name[0] in shape.attention_bias
-                and name.endswith(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"))
-            )
+            biased = size.casts_weights and _has_bias(shape, name)
             total += (element + (size.weight if biased else size.compute)) * outputs
     return total / setup.tensor_parallel
+
+
+def _has_bias(shape: ModelShape, name: str) -> bool:
+    if name == "router":
+        return shape.mlp_bias
+    return shape.mlp_bias if name.startswith(("gate", "up", "down")) else name[0] in shape.attention_bias
 
 
 def leaves_casting(setup: Setup, size: Widths) -> bool:
@@ -96,33 +98,37 @@ def dora_temporaries(shape: ModelShape, setup: Setup) -> float:
     return max(4.0 * inputs * (inputs + 4 * outputs) for _, inputs, outputs in adapted_matrices(shape, setup))
 
 
-def selective_bytes(shape: ModelShape, setup: Setup, size: Widths) -> tuple[float, float]:
+def selective_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> tuple[float, float]:
     """(bytes per token, bytes) of what operator-wise checkpointing saves (torchtitan's, which ``estimator.selective`` runs): attention's output with
     its log-sum-exp, products with a bias, and of those without every second, from the first on.
 
     Compiled, a product that backward needs for nothing is not saved: the last one.
     """
-    h, f, q, kv = shape.hidden, shape.plain_ffn, shape.query_width, shape.kv_width
+    h, q, kv = shape.hidden, shape.query_width, shape.kv_width
+    f = shape.shared_experts * shape.ffn if moe else shape.plain_ffn
     projections = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
     if layer_facts(shape.family).fused_qkv:
         projections = [("qkv_proj", q + 2 * kv)]
     projections.append(("o_proj", h))
-    projections += [("gate_proj", f)] * (shape.matrices - 2) + [("up_proj", f), ("down_proj", h)]
+    if moe:  # the routed experts' own products are none of them
+        projections.append(("router", shape.experts))
+    if f:
+        projections += [("gate_proj", f)] * (shape.matrices - 2) + [("up_proj", f), ("down_proj", h)]
     adapted = {}
     if setup.method in ("lora", "dora", "qlora"):
-        adapted = {name: inputs for name, inputs, _ in adapted_matrices(shape, setup)}
+        adapted = {name: inputs for name, inputs, _ in adapted_matrices(shape, setup, moe=moe)}
     # LLM.int8() has kernels of its own; the others' products are plain ones with the dequantized matrix, in half.
     opaque = setup.base_quantization == "int8"
     base_width = min(size.compute, 2.0) if setup.base_quantization else size.compute
     saved, fixed, plain = 0.0, 0.0, 0
     for name, width in projections:
-        biased = shape.mlp_bias if name.split("_")[0] in ("gate", "up", "down") else name[0] in shape.attention_bias
+        biased = _has_bias(shape, name)
         products = [] if opaque else [(width, biased)]
         if name in adapted and setup.method == "dora":  # first the norm's products, of no tokens
             for outputs in (setup.lora_rank or 0, width):
                 plain += 1
                 element = size.compute if size.autocast else size.trained
-                fixed += element * adapted[name] * outputs * ((plain + len(products)) % 2)
+                fixed += element * adapted[name] * outputs * ((plain + sum(not b for _, b in products)) % 2)
         if name in adapted:
             products += [(setup.lora_rank or 0, False), (width, False)]
         for position, (outputs, has_bias) in enumerate(products):

@@ -81,12 +81,14 @@ def _projected(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     q, kv, v = _shares(shape, setup)
     attention = c * (q + 2 * kv + v)
     if shape.latent_attention:
-        # The compressed streams and their norms, and keys and values expanded to every head.
+        # The compressed streams' norms; keys put together; values, a view of what keys and values are expanded to.
         rank = shape.q_lora_rank + shape.kv_lora_rank
-        attention = c * (2 * q + 2 * v) + (size.stream + 2 * c) * rank
+        expanded = v + shape.heads * shape.qk_nope_head_dim / setup.tensor_parallel
+        attention = c * (2 * q + v + expanded) + (4 + (2 * c if setup.method in ("full", "freeze") else 0)) * rank
     if shape.qk_norm:
         # The norm of q and k before rotation: fp32 input and the normalised tensor.
-        attention += (4 + (c if setup.method in ("full", "freeze") else 0)) * (q + kv)
+        trains = setup.method in ("full", "freeze")
+        attention += (c if setup.compile else 4 + (c if trains else 0)) * (q + kv)  # compiled, it is recomputed
     if convention.repeats_kv and shape.kv_heads != shape.heads:
         attention += c * 2 * (q - kv)
     elif convention.keeps_frozen_inputs or (

@@ -13,7 +13,7 @@ from estimator.galore import state_bytes
 from estimator.result import CheckpointEstimate
 from estimator.setup import Setup
 from estimator.shape import ModelShape, count_parameters, lora_modules
-from estimator.states import optimizer_bytes_per_parameter, trainable_parameters, widths
+from estimator.states import EIGHT_BIT_WIDTH, optimizer_bytes_per_parameter, trainable_parameters, widths
 
 _HEADER_BYTES = 107
 _ADAPTER_HEADER_BYTES = 129
@@ -94,7 +94,7 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> tuple[int, int]:
     tensors = weight_tensors(shape)
     if setup.method not in ("full", "freeze"):
         modules = 1 if setup.method.startswith("adapter") else len(lora_modules(shape, setup.lora_targets))
-        adapted = 2 * modules * shape.layers
+        adapted = (3 if setup.method == "dora" else 2) * modules * shape.layers  # DoRA's magnitudes
         model = trained * size.trained + adapted * _ADAPTER_HEADER_BYTES
         trained_tensors = adapted
     else:
@@ -116,7 +116,12 @@ def _optimizer_bytes(
         return round(4 * factors * trained / total) + _FACTORED_BYTES * trained_tensors
     if setup.optimizer == "galore":
         return round(state_bytes(shape, widths(setup).trained)) + _MOMENTS_BYTES * trained_tensors
-    return round(trained * optimizer_bytes_per_parameter(setup, widths(setup))) + _MOMENTS_BYTES * trained_tensors
+    wide = 0.0
+    if "8bit" in str(setup.optimizer) and setup.method == "full" and setup.framework.startswith("hf-trainer"):
+        count = count_parameters(shape)  # Trainer has bitsandbytes keep fp32 moments of embeddings
+        wide = (count.embedding + (count.head if shape.tied_embeddings else 0)) * 2 * (4 - EIGHT_BIT_WIDTH)
+    each = optimizer_bytes_per_parameter(setup, widths(setup))
+    return round(trained * each + wide) + _MOMENTS_BYTES * trained_tensors
 
 
 def checkpoint_estimate(shape: ModelShape, setup: Setup, *, kept: int = 2) -> CheckpointEstimate:

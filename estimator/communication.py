@@ -137,10 +137,11 @@ class Buffers:
             return 0.0
         head, width = self.states.embedding, self.size.compute
         reduced: Number = 0.0
+        gathered = self._layer if self.setup.reshard_after_forward else self.states.total
         if not self.shape.tied_embeddings:
-            reduced = width * (head + self._layer) + self.reduce_width * head * (1 + 1 / self.place.gradients)
+            reduced = width * (head + gathered) + self.reduce_width * head * (1 + 1 / self.place.gradients)
         if self.setup.loss == "chunked":
-            reduced = maximum(reduced, 4 * width * head)
+            reduced = maximum(reduced, width * (3 * head + maximum(gathered, head)))
         return where(self.place.gathers, reduced, 0.0)
 
     def reducing_table(self) -> Number:

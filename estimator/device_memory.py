@@ -62,7 +62,7 @@ def _segments_width(setup: Setup) -> tuple[float, float]:
 def formula_interval(shape: ModelShape, setup: Setup, peak: PhaseMemory) -> Interval:
     """The allocated peak in bytes, by the formula."""
     width = _allocated_width(shape, setup)
-    return Interval.within(peak.bytes, below=width, above=width)
+    return whole_interval(peak.bytes, peak.bytes * (1 - width), peak.bytes * (1 + width))
 
 
 def reserved_interval(shape: ModelShape, setup: Setup, allocated: Interval, room_bytes: int | None) -> Interval:

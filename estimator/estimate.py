@@ -351,6 +351,9 @@ def _in_room(free: Interval, full: Interval, room_bytes: int | None) -> Interval
 def _time(
     shape: ModelShape, setup: Setup, calibration: Calibration | None, *, by_operators: bool = False
 ) -> TimeEstimate | None:
+    nowhere = setup.accelerator is None or is_cpu(setup.accelerator)
+    if calibration is None and nowhere:
+        return None
     if by_operators:
         from estimator.dryrun.work import operator_step_work
 
@@ -363,7 +366,7 @@ def _time(
         fitted = apply_time(calibration, work, setup)
         if fitted is not None:
             return _time_estimate(setup, work, fitted.step_seconds, fitted.parts, "measured")
-    if setup.accelerator is None or is_cpu(setup.accelerator):
+    if setup.accelerator is None or nowhere:
         return None
     accelerator = find_accelerator(setup.accelerator)
     parts = formula_seconds(work, setup, accelerator)
@@ -434,7 +437,7 @@ def _notes(
         notes.append(
             "the config's type is of no known family: "
             + (
-                "time from the operators that its code runs"
+                ("memory" if time is None else "memory, and time by operators,") + " from its own code"
                 if dry_run
                 else f"read as {shape.family}'s; --dry-run runs its own code"
             )
@@ -445,6 +448,10 @@ def _notes(
         + ("no evaluation" if setup.eval_batch is None else f"evaluation at batch {setup.eval_batch}")
     )
     notes += _expected_memory(setup.accelerator)
+    if not setup.pack:
+        notes.append(
+            f"padded: each sequence takes the time and memory of {setup.seq:,} tokens, and attention a mask of it"
+        )
     if setup.accelerator is None:
         notes.append("no accelerator given: no time or cost; write --gpu NAME")
     elif time is None:

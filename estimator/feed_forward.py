@@ -10,6 +10,7 @@ from estimator.adapters import BITSANDBYTES
 from estimator.arrays import Number
 from estimator.conventions import conventions
 from estimator.layer_facts import layer_facts
+from estimator.lora_targets import adapted_experts
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.states import Widths
@@ -58,15 +59,13 @@ def _plain(activation: str, size: Widths, last: int) -> tuple[Number, Number]:
 def _experts(shape: ModelShape, setup: Setup, size: Widths) -> tuple[Number, Number]:
     """Every token is in ``active`` experts and the shared ones; the routed copies of the hidden state are kept too, where the
     experts train as their input, and in any case before they are weighted."""
-    # Autocast does not reach the products of grouped experts; those of fp32 keep their inputs whether they train or not.
+    # Autocast does not reach the products of grouped experts; experts that an adapter is added to have gradients.
     c = size.stream if size.casts_weights else size.compute
-    reads = setup.method in ("full", "freeze") or c == 4
+    reads = setup.method in ("full", "freeze") or adapted_experts(shape, setup)
     routed = shape.active_experts * shape.ffn / setup.tensor_parallel
     tensors = (4 if reads else 3) if shape.gated else (2 if reads else 1)
-    if (
-        layer_facts(shape.family).activation == "clamped"
-    ):  # both halves clamped, sigmoid, gate times sigmoid, up plus one
-        tensors += 3
+    if layer_facts(shape.family).activation == "clamped":
+        tensors += 3  # both halves clamped, sigmoid, gate times sigmoid, up plus one
     router = 4.0 * 2 * shape.experts
     hidden = (2 if reads else 1) * c * shape.hidden * shape.active_experts
     beside = shape.shared_experts * shape.ffn / setup.tensor_parallel

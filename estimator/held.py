@@ -8,6 +8,7 @@ from estimator.activations import builds_mask, layer_activations
 from estimator.adapters import dora_temporaries
 from estimator.arrays import Number, maximum, minimum, where
 from estimator.flat_parameters import keeps_layer_inputs
+from estimator.lora_targets import adapted_experts
 from estimator.setup import Setup
 from estimator.shape import ModelShape
 from estimator.states import ADAPTER_START, Placement, Widths
@@ -74,8 +75,9 @@ def held(
     kept = _without_gradients(shape, setup, kept, tokens)
     recomputed: Number = 0.0
     returned: Number = 0.0
-    if setup.offload == "activations":  # only what the next layers need is on the device
-        kept, recomputed, in_flight = 0.0, maximum(largest, kept / layers), 1
+    if setup.offload == "activations":  # only what the next layers need is on the device, and what selective ones cache
+        cached = selective - inputs if setup.checkpointing == "selective" else 0.0
+        kept, recomputed, in_flight = cached, maximum(largest, kept / layers) - cached / layers, 1
     elif setup.checkpointing == "full":
         recomputed = largest
         if keeps_layer_inputs(setup):
@@ -127,12 +129,15 @@ def _layer(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, *, moe
     if setup.base_quantization:  # one at a time in the compute type
         matrix = size.compute * shape.hidden * (shape.ffn if moe else shape.plain_ffn) / setup.tensor_parallel
     norms = dora_temporaries(shape, setup)
+    merged: Number = 0.0  # experts with their adapters added, the down projection's gradient beside them
+    if moe and adapted_experts(shape, setup):
+        merged = size.weight * shape.experts * shape.hidden * shape.ffn / setup.tensor_parallel
     unreached = 0.0 if setup.checkpoint_reentrant else layer.quantized_inputs
     selective = layer.selective + layer.selective_scores * context + unreached
     return _Layer(
-        kept=kept,
+        kept=kept + shape.matrices * merged,
         inputs=tokens * (layer.layer_input + unreached),
         selective=tokens * selective + layer.selective_fixed,
-        in_feed_forward=maximum(tokens * layer.transient, norms) + matrix,
+        in_feed_forward=maximum(tokens * layer.transient, norms) + matrix + merged,
         in_attention=maximum(tokens * attention, norms) + matrix,
     )

@@ -102,12 +102,12 @@ def backward_end(ledger: Ledger) -> Moment:
     across = buffers.across_replicas()
     during, table = buffers.at("backward") + across, _table_gradients(ledger)
     reducing = buffers.reducing_table()
-    reducing = reducing + where(reducing > 0, across, 0.0)
-    table_wins = table + reducing > layer + during - unmade
+    at_table = where(reducing > 0, reducing + across, during)
+    table_wins = table + at_table > layer + during - unmade
     arriving = buffers.engine.arriving() if keeps_master_weights(setup) else 0.0
-    if compiles_loss(
-        setup
-    ):  # a compiled backward returns all gradients at once; only then are they added to earlier ones
+    if setup.sharding == "zero1":  # it is filled when neither layer nor table is there any more
+        arriving = maximum(arriving - where(table_wins, table, layer), 0.0)
+    if compiles_loss(setup):  # all gradients come at once, and only then are added to earlier ones
         arriving = arriving + where(ledger.held_gradients > 0, ledger.states.gradients, 0.0)
     return ledger.moment(
         "backward",
@@ -115,7 +115,7 @@ def backward_end(ledger: Ledger) -> Moment:
         activations=where(table_wins, 0.0, layer),
         logits=ledger.tokens * ledger.logits.held,
         temporaries=where(table_wins, table, 0.0),
-        communication=where(table_wins, where(reducing > 0, reducing, during), during),
+        communication=where(table_wins, at_table, during),
     )
 
 
@@ -140,11 +140,11 @@ def _first_layer(ledger: Ledger) -> tuple[Number, Number]:
 
 def _table_gradients(ledger: Ledger) -> Number:
     """A tied table's gradients come from the head and, last, from the lookup; autograd adds the two into a third tensor (in
-    place where a fresh one comes from autocast's cast or with the forward pass), and that to what an earlier micro-batch left."""
+    place where a fresh one comes from autocast's cast, a chunked loss's sum, or with the forward pass), and that to what an earlier micro-batch left."""
     setup, states = ledger.setup, ledger.states
     if setup.method != "full" or not ledger.shape.tied_embeddings:
         return 0.0
-    in_place = ledger.size.casts_weights or setup.loss in _OWN_PRODUCTS
+    in_place = ledger.size.casts_weights or setup.loss in (*_OWN_PRODUCTS, "chunked")
     copies = (1 if in_place else 2) + where(ledger.held_gradients > 0, 1, 0)
     copies = copies + where(setup.tensor_parallel > 1, 2, 0)  # as in ``Buffers.reducing_table``
     table = states.embedding * states.gradient_width * copies

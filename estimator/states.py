@@ -56,8 +56,9 @@ def accumulates_in_fp32(setup: Setup) -> bool:
 def widths(setup: Setup) -> Widths:
     """Element sizes that the precision implies. Quantized bases compute in the half precision that autocast names."""
     half = setup.precision in ("bf16", "fp16") or keeps_master_weights(setup) or accumulates_in_fp32(setup)
-    # FSDP's mixed precision gathers half copies of fp32 shards: the layers see half tensors only, and no autocast.
-    gathers_half = setup.sharding == "fsdp" and setup.precision.endswith("-mixed")
+    # FSDP's mixed precision gathers half copies of fp32 shards: the layers see half tensors only, and no autocast. A
+    # quantized base is gathered as it is stored.
+    gathers_half = setup.sharding == "fsdp" and setup.precision.endswith("-mixed") and not setup.base_quantization
     mixed = setup.precision.endswith("-mixed") and not half and not gathers_half
     weight = 2.0 if half else 4.0
     compute = 2.0 if half or mixed or gathers_half else 4.0
@@ -95,7 +96,14 @@ QUANTIZED_BYTES = {
 _MOMENTS = {
     "adamw": 2, "adamw-fused": 2, "adamw-8bit": 2, "adamw-8bit-paged": 2, "adamw-paged": 2, "adafactor": 0, "sgd": 0, "galore": 2,
 }  # fmt: skip
-_EIGHT_BIT_WIDTH = 1 + 4 / 256
+EIGHT_BIT_WIDTH = 1 + 4 / 256
+
+
+def quantizes_experts(setup: Setup) -> bool:
+    """transformers 5 has a layer's experts in one tensor, which bitsandbytes leaves as it was loaded; before (as a loss tells:
+    before 4.50), in GPTQ's checkpoints and in other code each is a matrix of its own."""
+    fused = setup.framework in ("hf-trainer", "hf-trainer+deepspeed", "torch-loop") and setup.logit_copies == "none"
+    return not (fused and str(setup.base_quantization) in ("nf4", "nf4-dq", "int8"))
 
 
 def as_built(shape: ModelShape, setup: Setup) -> ModelShape:
@@ -216,7 +224,8 @@ def states(shape: ModelShape, setup: Setup) -> States:
     layered = (count.layered - count.experts) / dense + count.experts / expert
     total = where(setup.pipeline_parallel > 1, layered + tables, total)
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
-    quantized = (count.attention + count.mlp + count.experts + count.other) / dense if setup.base_quantization else 0.0
+    experts = count.experts if quantizes_experts(setup) else 0
+    quantized = (count.attention + count.mlp + experts + count.other) / dense if setup.base_quantization else 0.0
     # Expert-parallel ranks are data-parallel ranks as well: sharding divides experts by what is left of these.
     again = count.experts / expert * (minimum(setup.expert_parallel, place.parameters) - 1)
     parameters = _parameter_bytes(setup, size, count, total + again, trainable, quantized) / place.parameters
@@ -232,7 +241,7 @@ def states(shape: ModelShape, setup: Setup) -> States:
     if "8bit" in str(setup.optimizer) and setup.method == "full" and setup.framework.startswith("hf-trainer"):
         # Trainer has bitsandbytes keep fp32 states of embeddings.
         table = (count.embedding + (count.head if shape.tied_embeddings else 0)) / setup.tensor_parallel
-        optimizer = optimizer + table * 2 * (4 - _EIGHT_BIT_WIDTH) / place.optimizer
+        optimizer = optimizer + table * 2 * (4 - EIGHT_BIT_WIDTH) / place.optimizer
     if keeps_master_weights(setup):
         optimizer = trainable * 12.0 / place.optimizer
         gradients = trainable * 2.0 / place.gradients
@@ -313,7 +322,7 @@ def _distributed_optimizer_bytes(setup: Setup, count: ParameterCount, trainable:
 def optimizer_bytes_per_parameter(setup: Setup, size: Widths) -> float:
     """Bytes of optimizer state for one trained parameter."""
     optimizer = setup.optimizer or "adamw"
-    width = _EIGHT_BIT_WIDTH if "8bit" in optimizer else size.trained
+    width = EIGHT_BIT_WIDTH if "8bit" in optimizer else size.trained
     return _MOMENTS[optimizer] * width
 
 

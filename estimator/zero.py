@@ -55,10 +55,12 @@ class Engine:
 
     def _gathered(self, phase: str) -> Number:
         """Several ranks gather module by module, and fetch ahead until so much is there; flat buffers add to it, of which
-        not all has been waited for."""
+        not all has been waited for. Of a smaller model there is what comes again within that distance."""
         if phase == "optimizer":
             return 0.0
-        return where(self.place.gathers, _HALF * minimum(self.states.total, _MAX_LIVE + _FETCHED_AHEAD), 0.0)
+        most = _MAX_LIVE + _FETCHED_AHEAD
+        live = where(self.states.total > most, most, minimum(self.states.total, _MAX_LIVE))
+        return where(self.place.gathers, _HALF * live, 0.0)
 
     def held_gradients(self) -> Number:
         """While a forward pass runs: stage 3's buffer is never freed, the others' hold earlier micro-batches'."""
@@ -67,7 +69,7 @@ class Engine:
         return where(self.setup.accumulation > 1, self.states.gradients, 0.0)
 
     def arriving(self) -> Number:
-        """Beside ``states.gradients`` at the end of backward: the partition that is being filled."""
+        """Beside ``states.gradients`` at the end of backward (stage 1: after it): the partition that is being filled."""
         if self.setup.offload or self.setup.sharding == "zero3":
             return 0.0
         kept = either(self.setup.accumulation > 1, self.setup.sharding == "zero1")

@@ -30,9 +30,9 @@ svg { font: 12px system-ui, sans-serif; background: #fff; color-scheme: light da
 .paper { fill: #fff } .ink { fill: #1c1c1c } .muted { fill: #5f5f5f } .rule { stroke: #e2e2e2 } .room { stroke: #9a9a9a; stroke-dasharray: 2 4 }
 .s0 { --c: #1f6fb4 } .s1 { --c: #c8501e } .s2 { --c: #2c8a4b } .s3 { --c: #8a4fb0 } .s4 { --c: #a8780a } .s5 { --c: #b02f5f } .s6 { --c: #36807f } .s7 { --c: #6b6b6b }
 .line { fill: none; stroke: var(--c); stroke-width: 2 } .d1 { stroke-dasharray: 7 4 } .d2 { stroke-dasharray: 2 3 } .dot { fill: var(--c) } .name { fill: var(--c) }
-.title { font-size: 16px; font-weight: 600 }
+.title { font-size: 16px; font-weight: 600 } .rim { paint-order: stroke; stroke: #fff; stroke-width: 4px; stroke-linejoin: round }
 @media (prefers-color-scheme: dark) {
-svg { background: #16181c } .paper { fill: #16181c } .ink { fill: #ececec } .muted { fill: #a5a5a5 } .rule { stroke: #33363c } .room { stroke: #6c6f75 }
+svg { background: #16181c } .paper { fill: #16181c } .rim { stroke: #16181c } .ink { fill: #ececec } .muted { fill: #a5a5a5 } .rule { stroke: #33363c } .room { stroke: #6c6f75 }
 .s0 { --c: #6db3ee } .s1 { --c: #f08b5d } .s2 { --c: #66c486 } .s3 { --c: #c391e6 } .s4 { --c: #dcb04e } .s5 { --c: #ee7fa6 } .s6 { --c: #6cc4c2 } .s7 { --c: #b5b5b5 }
 }
 """
@@ -62,6 +62,8 @@ def chart_svg(chart: Chart) -> str:
     ):
         points = [(x.at(chart.columns[i].parameters), y.at(row.cells[i].peak_device_bytes.value / GIB)) for i in order]
         body.append(_series(number, points, label, right + 12, place))
+    starts = [y.at(row.cells[order[0]].peak_device_bytes.value / GIB) for row in chart.rows]
+    body += _rooms(y, starts, ends, right)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" role="img" '
         f'aria-label="Memory by method and model size"><style>{_STYLE}</style>'
@@ -98,10 +100,18 @@ def _grid(y: _Axis, right: float) -> list[str]:
         found.append(_rule(y.at(tick), right, "rule"))
         found.append(_text(_LEFT - 8, y.at(tick) + 4, f"{tick:,g}", "muted", anchor="end"))
     found.append(_text(_LEFT - 8, _TOP - 6, "GiB", "muted", anchor="end"))
+    return found + [_rule(y.at(room), right, "room") for room, _ in _ROOMS if y.low < room < y.high]
+
+
+def _rooms(y: _Axis, starts: Sequence[float], ends: Sequence[float], right: float) -> list[str]:
+    """The names of the dotted lines, at the side where the series leave more room, with a rim of paper over what is left."""
+    found = []
     for room, name in _ROOMS:
         if y.low < room < y.high:
-            found.append(_rule(y.at(room), right, "room"))
-            found.append(_text(_LEFT + 4, y.at(room) - 4, name, "muted"))
+            height = y.at(room) - 4
+            left, far = (min(abs(height - 4 - at) for at in side) for side in (starts, ends))
+            x, anchor = (_LEFT + 4, "start") if left >= far else (right - 8, "end")
+            found.append(_text(x, height, name, "muted rim", anchor=anchor))
     return found
 
 

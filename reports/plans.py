@@ -85,6 +85,10 @@ def print_plans(
             f"no source states what the driver of {device.name} reports: {scale.memory_text(device.usable_bytes)} expected, "
             f"of which plans count on {scale.memory_text(device.usable_low_bytes)}"
         )
+    if plans.front and plans.front[0].model.inferred:
+        page.paragraph(
+            f"{plans.front[0].setup.model} names no model that can be trained; in a command write --model NAME"
+        )
     if not request.tokens(1):
         page.paragraph("no data given: plans are compared by tokens; write --dataset-tokens N or --samples N")
     for reason in dict.fromkeys(plans.left_out.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
 from estimator.setup import Setup
@@ -22,9 +23,15 @@ def _check_base(setup: Setup, kind: str) -> None:
     gptq = kind.startswith("gptq")
     if setup.method == "dora":
         raise InputError("method: no dry run has DoRA over a quantized base; write --method qlora")
+    if gptq and resolve_model(setup.model).experts:
+        raise InputError(
+            f"base_quantization: no dry run has experts in {kind}; write --quantization nf4, or leave out --dry-run"
+        )
     if gptq and setup.precision == "fp32":
         raise InputError(f"precision: {kind} computes in fp16; write --precision bf16")
     if is_cpu(setup.accelerator) and (gptq or kind == "int8"):
         raise InputError(f"base_quantization: {kind} runs on a GPU; name one with --gpu")
     if setup.sharding not in ("none", "ddp", "fsdp"):
-        raise InputError(f"sharding: no dry run has {setup.sharding} over a base in {kind}; write --sharding fsdp or ddp")
+        raise InputError(
+            f"sharding: no dry run has {setup.sharding} over a base in {kind}; write --sharding fsdp or ddp"
+        )

@@ -18,7 +18,7 @@ _GPTQ_PARTS = ("qweight", "qzeros")
 
 
 def store_packed(model: torch.nn.Module, storage: torch.dtype) -> None:
-    """Packed tensors of ``model`` (on the meta device) become frozen parameters of the type ``storage``, of the same bytes."""
+    """Packed tensors of ``model`` become frozen parameters of the type ``storage``, of the same bytes."""
     for module in model.modules():
         if isinstance(module, Nf4Linear):
             module.weight = _stored(module.weight, storage)
@@ -31,4 +31,4 @@ def store_packed(model: torch.nn.Module, storage: torch.dtype) -> None:
 
 def _stored(packed: torch.Tensor, storage: torch.dtype) -> Any:
     count = -(-packed.nbytes // storage.itemsize)
-    return torch.nn.Parameter(torch.empty(count, 1, dtype=storage, device="meta"), requires_grad=False)
+    return torch.nn.Parameter(torch.empty(count, 1, dtype=storage, device=packed.device), requires_grad=False)

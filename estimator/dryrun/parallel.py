@@ -83,9 +83,13 @@ def _check_context_parallel(setup: Setup) -> None:
             f"context_parallel: its ranks share parameters by FSDP2, not {setup.sharding}; write --sharding fsdp"
         )
     if setup.seq % pieces:
-        raise InputError(f"context_parallel: {setup.seq} tokens are not {pieces} even pieces; write --seq with a multiple")
+        raise InputError(
+            f"context_parallel: {setup.seq} tokens are not {pieces} even pieces; write --seq with a multiple"
+        )
     if is_cpu(setup.accelerator):
-        raise InputError("context_parallel: torch has no ring attention for a CPU; write --gpu with another accelerator")
+        raise InputError(
+            "context_parallel: torch has no ring attention for a CPU; write --gpu with another accelerator"
+        )
     if shape.window or shape.family in _MASKED_FAMILIES:
         raise InputError(
             f"context_parallel: {shape.name}'s attention needs a mask, which ring attention has not; write 1, or leave out --dry-run"
@@ -118,6 +122,7 @@ def _unsplit(setup: Setup) -> dict[str, bool]:
         # torchtitan has mixed precision from FSDP alone.
         "precision": alone and setup.precision.endswith("-mixed"),
         "autocast": setup.autocast is not None,
+        "flat_parameters": setup.flat_parameters,
     }
 
 

@@ -33,8 +33,6 @@ def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
     Embedding, every decoder layer, and final norm with head are each gathered by themselves, as torchtitan and accelerate have
     it; the last stays gathered between forward and backward. With tied embeddings both tables are in the last.
     """
-    if setup.base_quantization:
-        store_packed(model, weight_dtype(setup))
     ranks = setup.data_ranks * setup.context_parallel  # parameters are sharded over both
     shards = setup.shard_size or ranks
     # Whether there are more ranks than share the shards decides if gradients are reduced twice; how many changes nothing.
@@ -68,6 +66,8 @@ def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
     """``fully_shard`` of every unit and of the rest, over a mesh of (shards) or (replicas, shards)."""
     from torch.distributed.fsdp import fully_shard
 
+    if setup.base_quantization:
+        store_packed(model, weight_dtype(setup))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(setup)}
     for modules, reshards in _units(model, flat=shards_flat(setup)):
         fully_shard(modules, reshard_after_forward=setup.reshard_after_forward and reshards, **options)
@@ -151,6 +151,11 @@ def watched(tracker: Tracker, model: Any, setup: Setup) -> Iterator[None]:
             stack.enter_context(replaced(owner, name, function))
         for name in ("unshard", "wait_for_unshard", "post_backward"):
             stack.enter_context(replaced(groups, name, _communicating(tracker, getattr(groups, name))))
+        if shards_flat(setup):
+            stack.enter_context(replaced(groups, "wait_for_unshard", _gathered_in_place(groups.wait_for_unshard)))
+            if setup.checkpointing == "full" and setup.checkpoint_reentrant:
+                # A layer whose output needed no gradient in the forward pass is not fetched ahead.
+                stack.enter_context(replaced(groups, "_backward_prefetch", lambda group: None))
         name = "_nll_loss_and_log_softmax_backward"
         stack.enter_context(replaced(loss, name, _formula(getattr(loss, name))))
         # What DTensor runs at the global shape to learn the result's: no memory of this rank's.
@@ -176,6 +181,16 @@ def _communicating(tracker: Tracker, method: Any) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
         with tracker.purpose("communication"):
             return method(*args, **kwargs)
+
+    return called
+
+
+def _gathered_in_place(method: Any) -> Any:
+    """FSDP1 gathers into the flat parameter itself, where FSDP2 keeps what was gathered until the next unit comes."""
+
+    def called(group: Any) -> None:
+        method(group)
+        group.comm_ctx.all_gather_state = None
 
     return called
 

@@ -16,6 +16,7 @@ from estimator.build import build_empty_model, decoder_layers, model_config, wei
 from estimator.dryrun.compiled import compile_layers
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
+from estimator.dryrun.experts import grouped_products
 from estimator.dryrun.flex import compiled_flex_attention
 from estimator.dryrun.loop import Loop
 from estimator.dryrun.offload import offload_activations
@@ -69,7 +70,7 @@ def record(
             stack.enter_context(_no_garbage_collection())
             stack.enter_context(_module_hooks(tracker))
             stack.enter_context(_masks(setup))
-            stack.enter_context(_experts())
+            stack.enter_context(grouped_products())
             if setup.attention == "flex":
                 stack.enter_context(compiled_flex_attention())
             if not cpu:
@@ -141,19 +142,6 @@ def _masks(setup: Setup) -> Iterator[None]:
         yield
         return
     with replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
-        yield
-
-
-@contextlib.contextmanager
-def _experts() -> Iterator[None]:
-    """Mixtures of experts multiply in groups; torch's own product knows no shapes but those of bf16, and transformers' stand-in
-    for it, which returns and keeps the same, knows all."""
-    from transformers.integrations import moe
-
-    def bf16(_: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
-        return weight.dtype == torch.bfloat16
-
-    with replaced(moe, "_can_use_grouped_mm", bf16):
         yield
 
 

@@ -71,7 +71,7 @@ class Space:
         # Enough for pipelines of the devices that were given to be filled.
         sequences = max(wanted / self.seq, min(self.given.get("accelerators", (1,))) / _DEVICES_PER_SEQUENCE)
         odd = self._odd_part()
-        return odd << max(0, (round(sequences) // odd).bit_length() - 1)
+        return int(odd << max(0, (round(sequences) // odd).bit_length() - 1))
 
     def _odd_part(self) -> int:
         """What a global batch must divide by so that the counts and batches that were given can make it, twos apart."""

@@ -224,6 +224,17 @@ def test_the_accuracy_page_shows_both_parts_by_themselves(out: Path, monkeypatch
     assert accuracy.measured_here() == []
 
 
+def test_what_is_kept_in_the_repository_is_shown_without_the_times_of_a_busy_machine() -> None:
+    kept = {found.directory.name: found for found in own_results()}
+    cpu = kept["cpu-2026-11-24"]
+    runs = (*cpu.fitted, *cpu.held_back)
+    assert len(runs) == 68 and {run.outcome for run in runs} == {"ok"}
+    assert {run.setup.base_quantization for run in runs} == {None, "nf4", "nf4-dq"}
+    assert not any(run.step_seconds for run in runs) and all(run.peak_allocated_bytes for run in runs)
+    lines = [line for line in accuracy.measured_here()[1].splitlines() if line.startswith("| cpu-2026-11-24 | ")]
+    assert {line.split(" | ")[1] for line in lines} == {"allocated", "reserved", "device", "checkpoint"}
+
+
 def test_each_part_is_printed_as_a_table(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = own_results(out.parent)
     for flags, expected in (((), found.fitted), (("--held-back",), found.held_back)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +58,8 @@ def test_published_compares_at_the_settings_that_are_given() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_wrong_input_is_one_clear_line_and_exit_code_2(arguments: list[str]) -> None:
-    done = chart(*arguments)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(in_process: Callable[..., Any], arguments: list[str]) -> None:
+    done = in_process("chart", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1, done.stderr
 

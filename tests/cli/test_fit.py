@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,12 +117,14 @@ def test_several_tables_are_one(table: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_table_that_cannot_be_fitted_is_one_line_and_exit_code_2(
-    tmp_path: Path, content: str | None, said: str
+    in_process: Callable[..., Any], tmp_path: Path, content: str | None, said: str
 ) -> None:
     table = tmp_path / "bad.csv"
     if content is not None:
         table.write_text(content)
-    done = vramcalc("fit", str(table), "--out", str(tmp_path / "c.json"), home=tmp_path)
+    done = in_process(
+        "fit", str(table), "--out", str(tmp_path / "c.json"), environment={"XDG_DATA_HOME": str(tmp_path)}
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def test_a_narrow_pipe_gets_plain_text_within_its_width() -> None:
         ["estimate", "--model", "nano", "--epochs", "nan"],
         ["estimate", "--model", "nano", "--check"],
         ["estimate", "--model", "nano", "--lora-targets", "q_proj"],
+        ["estimate", "--model", "nano", "--method", "lora", "--lora-targets", ","],
+        ["estimate", "--model", "nano", "--gpu", "rtx-3090", "--reserve", "200GiB"],
         ["estimate", "--model", "nano", "--method", "lora", "--trainable-layers", "1"],
         ["estimate", "--model", "nano", "--calibration", "laws.json", "--no-calibration"],
         ["estimate", "--params", "8e9", "--seq", "1e300", "--batch", "1e300"],
@@ -126,8 +129,8 @@ def test_a_narrow_pipe_gets_plain_text_within_its_width() -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_input_is_one_clear_line_and_exit_code_2(arguments: list[str]) -> None:
-    done = vramcalc(*arguments)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(in_process: Callable[..., Any], arguments: list[str]) -> None:
+    done = in_process(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()

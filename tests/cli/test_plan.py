@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+
+from estimator.dryrun.run import dry_run
+from estimator.estimate import fits_by_dry_run
+from estimator.setup import Setup
+from estimator.units import GIB
 
 ONE_CARD = (
     "--model qwen1.5-0.5b --gpu rtx-3090 --gpus 1 --method full --framework hf-trainer --precision fp16-mixed "
@@ -32,12 +38,82 @@ def plans_of(arguments: str) -> dict[str, Any]:
     return document
 
 
+@pytest.fixture(scope="module")
+def one_card() -> dict[str, Any]:
+    """A search for one device, which the dry run judges by default."""
+    return plans_of(f"{ONE_CARD} --seq 512 --global-batch 4 --samples 1000")
+
+
+def test_the_largest_batch_of_the_3090_is_the_one_that_was_seen(one_card: dict[str, Any]) -> None:
+    """The formula alone says one more."""
+    assert one_card["largest"]["batch"] == 7
+    assert one_card["plans"] and all(found["setup"]["batch"] <= 7 for found in one_card["plans"])
+
+
+def test_the_command_of_one_device_fits_by_its_own_dry_run(one_card: dict[str, Any]) -> None:
+    words = one_card["plans"][0]["command"].split()
+    flags = [*words[2 : words.index("--samples")], "--reserve", "2GiB", "--dry-run", "--check"]
+    done = subprocess.run([sys.executable, "-m", "vramcalc", "estimate", *flags], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("seq", "batch"), [(512, 7), (2048, 1)])
-def test_the_largest_batches_of_the_3090_are_those_that_were_seen(seq: int, batch: int) -> None:
-    """Confirmed by the dry run, as a search for one device is by default; the formula alone says one more."""
-    document = plans_of(f"{ONE_CARD} --seq {seq}")
-    assert document["largest"]["batch"] == batch
-    assert all(found["setup"]["batch"] <= batch for found in document["plans"])
+def test_one_sequence_more_than_was_seen_does_not_fit(seq: int, batch: int) -> None:
+    setup = Setup(
+        model="qwen1.5-0.5b", precision="fp16-mixed", optimizer="adamw", seq=seq, batch=batch, accelerator="rtx-3090"
+    )
+    assert fits_by_dry_run(setup, reserve_bytes=2 * GIB)
+    assert not fits_by_dry_run(dataclasses.replace(setup, batch=batch + 1), reserve_bytes=2 * GIB)
+
+
+def test_micro_batches_after_the_second_leave_the_peak_as_it_is() -> None:
+    """Why a plan's dry run has no more of them."""
+    setup = Setup(model="nano-llama", seq=128, precision="fp16-mixed", accelerator="rtx-3090", accumulation=2)
+    two, five = (dry_run(dataclasses.replace(setup, accumulation=count)) for count in (2, 5))
+    assert (two.peak_allocated_bytes, two.peak_reserved_bytes) == (five.peak_allocated_bytes, five.peak_reserved_bytes)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--model qwen1.5-0.5b --gpu rtx-3090 --gpus 1 --samples 1000 --epochs 2 --no-dry-run",
+        "--model llama-3.1-8b --gpu h100 --gpus 1,8 --method lora,qlora --dataset-tokens 1e8 --no-dry-run",
+        "--model mixtral-8x7b --gpu h100 --gpus 64 --dataset-tokens 1e9",
+        "--model llama-3.1-405b --gpu h100 --gpus 16384 --seq 8192 --dataset-tokens 15.6T",
+        "--model qwen2.5-7b --gpu a100 --gpus 8 --seq 32768 --dataset-tokens 1e9 --epochs 1.5",
+    ],
+)
+def test_the_command_line_understands_the_command_of_every_plan(arguments: str) -> None:
+    import typer
+
+    from vramcalc.main import make_app
+
+    commands: Any = typer.main.get_command(make_app("train"))
+    train = commands.commands["train"]
+    document = plans_of(arguments)
+    assert document["plans"]
+    for found in document["plans"]:
+        train.make_context("train", found["command"].split()[2:])
+
+
+def test_methods_that_do_not_fit_are_named_beside_those_that_do() -> None:
+    arguments = "--params 8e9 --gpu rtx-3090 --gpus 1 --method full,lora,qlora --seq 1024 --samples 10000 --no-dry-run"
+    document = plans_of(arguments)
+    assert {found["setup"]["method"] for found in document["plans"]} == {"qlora"}
+    lora, full = document["misses"]
+    assert (lora["setup"]["method"], full["setup"]["method"]) == ("lora", "full") and 0 < lora["bytes"] < full["bytes"]
+    assert "does not fit: the nearest is" in run_plan(arguments).stdout.replace("\n  ", " ")
+
+
+def test_an_accelerator_whose_memory_is_only_expected_is_planned_with_the_least_of_it() -> None:
+    from estimator.hardware import find_accelerator
+
+    arguments = "--model qwen3-8b --gpu a40 --gpus 8 --samples 10000 --price 0.5"
+    device = find_accelerator("a40")
+    assert device.usable_is_expected and device.usable_low_bytes is not None
+    for found in plans_of(arguments)["plans"]:
+        assert found["memory"]["peak_device_bytes"]["value"] <= device.usable_low_bytes
+    assert "no source states what the driver of A40 reports" in run_plan(arguments).stdout.replace("\n  ", " ")
 
 
 def test_the_document_has_what_a_plan_needs_and_its_command_is_understood() -> None:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -105,6 +107,24 @@ def test_ctrl_c_keeps_the_rows_and_says_how_to_go_on(environment: dict[str, str]
     assert 1 <= len(read_runs(tmp_path)) < 6
 
 
+def test_a_point_that_cannot_fit_is_refused_before_it_is_built_unless_forced(
+    in_process: Callable[..., Any], environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ("profile", "--model", "nano,8e12", "--seq", "64", "--out", str(out))
+    done = in_process(*command, environment=environment)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("error: memory: 8e12, 1 x 64, needs ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("GiB free; leave it out, or write --force to try all the same\n")
+    assert not out.exists()
+    ran: list[str] = []
+    monkeypatch.setattr(
+        "vramcalc.commands.profile._run", lambda points, *_: ran.extend(p.setup.model for p in points) or ()
+    )
+    assert in_process(*command, "--force").returncode == 0
+    assert ran == ["nano", "8e12"]
+
+
 def test_points_over_their_limits_are_rows_with_a_reason_and_the_sweep_goes_on(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -167,10 +187,14 @@ def test_planning_imports_no_torch(environment: dict[str, str], tmp_path: Path) 
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_before_any_work(
-    environment: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], message: str
+    in_process: Callable[..., Any],
+    environment: dict[str, str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     out = tmp_path / "out"
-    done = vramcalc(*NANO, "--out", str(out), *arguments, environment=environment)
+    done = in_process(*NANO, "--out", str(out), *arguments, environment=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: " + message) and done.stderr.count("\n") == 1
     assert not out.exists()

@@ -115,6 +115,14 @@ def test_a_bad_table_is_one_line_and_leaves_no_report(
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_table_of_unreadable_rows_alone_makes_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs.csv").write_text("run,model,method\nr1,nano,magic\n")
+    code, out, err = run(capsys, tmp_path / "runs.csv", "--out", tmp_path / "report.html")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: table: none of the 1 rows of ") and "run r1: method: 'magic'" in err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_missing_table_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, tmp_path / "nothing.csv", "--out", tmp_path / "report.html")
     assert code == 2

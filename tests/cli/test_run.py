@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,7 +64,9 @@ def test_a_budget_of_cents_is_a_budget() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_write(arguments: list[str], says: str) -> None:
-    done = estimate(*arguments)
+def test_what_is_missing_or_wrong_is_one_line_that_says_what_to_write(
+    in_process: Callable[..., Any], arguments: list[str], says: str
+) -> None:
+    done = in_process("estimate", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1 and says in done.stderr

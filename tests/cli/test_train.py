@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,11 +67,20 @@ def flags(data: Path, out: Path, *more: str) -> list[str]:
     return [*small, "--data", str(data), "--out", str(out), *more]
 
 
+@pytest.fixture(scope="module")
+def trained(
+    home: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A training's directory, and what its process said."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return out, train(home, *flags(data, out), columns=80)
+
+
 @pytest.mark.slow
 def test_a_training_prints_a_summary_and_predicted_against_measured_and_is_read_when_run_again(
-    home: Path, data: Path, tmp_path: Path
+    in_process: Callable[..., Any], home: Path, data: Path, trained: tuple[Path, Any]
 ) -> None:
-    done = train(home, *flags(data, tmp_path / "run"), columns=80)
+    out, done = trained
     assert done.returncode == 0, done.stderr
     assert "Trained nano for 8 steps (2 epochs of 8 sequences, 256 tokens) of story.jsonl" in done.stdout
     for quantity in ("peak allocated", "step time", "checkpoint", "training time"):
@@ -77,27 +88,24 @@ def test_a_training_prints_a_summary_and_predicted_against_measured_and_is_read_
     assert "expected: " in done.stderr and "step 8/8" in done.stderr
     assert "Traceback" not in done.stderr and "USDT" not in done.stderr and "it/s" not in done.stderr
 
-    narrow = train(home, *flags(data, tmp_path / "run"), columns=60)
+    narrow = in_process("train", *flags(data, out), environment=environment(home, columns=60))
     assert (narrow.returncode, narrow.stdout.splitlines()[0]) == (0, done.stdout.splitlines()[0])
     assert max(map(len, narrow.stdout.split("\n\n")[1].splitlines())) <= 60
-    again = train(home, *flags(data, tmp_path / "run", "--json"))
+    again = in_process("train", *flags(data, out, "--json"))
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
     assert document["schema"] == "vramcalc/train/1"
-    assert document == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert document == json.loads((out / "result.json").read_text())
     assert (document["steps"], document["setup"]["model"], document["data"]) == (8, "nano", "story.jsonl")
     checkpoint = next(row for row in document["comparisons"] if row["quantity"] == "checkpoint")
-    assert checkpoint["measured"] == sum(
-        file.stat().st_size for file in (tmp_path / "run" / document["last_checkpoint"]).iterdir()
-    )
+    assert checkpoint["measured"] == sum(file.stat().st_size for file in (out / document["last_checkpoint"]).iterdir())
 
 
 @pytest.mark.slow
-def test_the_report_reads_what_a_training_wrote(home: Path, data: Path, tmp_path: Path) -> None:
+def test_the_report_reads_what_a_training_wrote(trained: tuple[Path, Any]) -> None:
     from reports.training import parse_training
 
-    out = tmp_path / "run"
-    assert train(home, *flags(data, out)).returncode == 0
+    out, _ = trained
     log, result = (out / "training_log.jsonl").read_text(), (out / "result.json").read_text()
     training = parse_training(log, result, name="run")
     assert (len(training.train), len(training.evaluation)) == (8, 2)
@@ -144,9 +152,15 @@ def test_an_interrupted_training_says_where_it_goes_on_and_exits_with_130(
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_and_an_exit_code_and_leaves_no_directory(
-    home: Path, data: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+    in_process: Callable[..., Any],
+    home: Path,
+    data: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
 ) -> None:
-    done = train(home, *flags(data, tmp_path / "run", *arguments))
+    done = in_process("train", *flags(data, tmp_path / "run", *arguments), environment=environment(home))
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +121,19 @@ def test_a_table_that_is_none_is_one_line_and_exit_code_2(
     done = vramcalc("validate", str(table), home=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_table_whose_rows_are_all_skipped_has_no_scores_and_says_so(
+    in_process: Callable[..., Any], tmp_path: Path
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("run,model,accelerator\nr1,nano,cpu\nr2,nano,cpu\n")
+    for flags in ((), ("--json",)):
+        done = in_process("validate", str(table), *flags)
+        assert done.returncode == 2
+        says = f"error: table: none of the 2 rows of {table} can be predicted; the first, run r1: not stated: seq and batch\n"
+        assert done.stderr == says
+    assert len(json.loads(done.stdout)["skipped"]) == 2
 
 
 def test_a_thousand_rows_take_seconds(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def measured_peaks(setup: Setup, steps: int = 2) -> MemoryPeaks:
     model = build_model(setup)
     sequences = setup.batch * setup.accumulation * steps
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (sequences, setup.seq))
-    data = TokenDataset(ids, None, length=sequences, seed=0)
+    lengths = None if setup.pack else np.full(sequences, setup.seq // 2)
+    data = TokenDataset(ids, lengths, length=sequences, seed=0)
     meter = CpuMemoryMeter()
     with tempfile.TemporaryDirectory() as scratch:
         if setup.framework == "torch-loop":

@@ -44,7 +44,7 @@ def _run(setup: Setup) -> dict[str, int]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
 
-    from estimator.build import build_model
+    from estimator.build import build_empty_model, build_model
     from estimator.dryrun.sharded import distribute
     from estimator.dryrun.tensor_parallel import split_loss
     from harness.token_dataset import TokenDataset
@@ -55,15 +55,18 @@ def _run(setup: Setup) -> dict[str, int]:
         setup, accelerators=1, data_parallel=1, tensor_parallel=1, context_parallel=1, sharding="none", shard_size=None,
         seq=setup.seq // setup.context_parallel,
     )  # fmt: skip
-    model: Any = build_model(alone)
+    # A quantized base is the dry run's stand-in, which needs no library and computes nothing, but on real tensors.
+    model: Any = build_empty_model(alone).to_empty(device="cpu") if setup.base_quantization else build_model(alone)
+    if setup.base_quantization:
+        model.get_base_model().tie_weights()
     vocab = model.config.vocab_size
     meter = CpuMemoryMeter()
     if setup.sharding != "ddp":
         sizes = {"shard": setup.data_ranks * setup.context_parallel, "tensor": setup.tensor_parallel}
         sizes = {name: size for name, size in sizes.items() if size > 1}
         distribute(model, setup, init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
-        # FSDP's policy takes the place of autocast.
-        alone = replace(alone, precision=setup.precision.replace("bf16-mixed", "fp32"))
+        if setup.base_quantization is None:  # FSDP's policy takes the place of autocast
+            alone = replace(alone, precision=setup.precision.replace("bf16-mixed", "fp32"))
     held = _local(model)
     if setup.sharding == "ddp":
         model = DistributedDataParallel(model)

@@ -35,6 +35,7 @@ def written(setup: Setup, directory: Path) -> tuple[int, int]:
         {"model": "micro-llama", "precision": "fp32"},
         {"model": "mini", "precision": "bf16"},
         {"model": "nano", "precision": "fp32", "method": "lora"},
+        {"model": "nano", "precision": "fp32", "method": "dora", "lora_rank": 4},
         {"model": "micro", "precision": "bf16", "method": "lora", "lora_targets": "all-linear"},
         {"model": "micro", "precision": "fp32", "method": "freeze", "trainable_layers": 1},
     ],
@@ -54,6 +55,13 @@ def test_the_optimizer_of_sgd_takes_next_to_nothing(tmp_path: Path) -> None:
     setup = Setup(model="nano", precision="fp32", optimizer="sgd").resolved()
     _, optimizer = written(setup, tmp_path)
     assert abs(checkpoint_bytes(resolve_model("nano"), setup)[1] - optimizer) < 2_000
+
+
+@pytest.mark.parametrize(("model", "written"), [("micro-llama", 22_826_571)])
+def test_8_bit_moments_leave_embeddings_wide(model: str, written: int) -> None:
+    # As measured with bitsandbytes 0.50.2 and transformers 5.23: benchmarks/results/cpu-2026-11-24, run p5cf5c0a74dde.
+    setup = Setup(model=model, precision="bf16-mixed", optimizer="adamw-8bit").resolved()
+    assert checkpoint_bytes(resolve_model(model), setup)[1] == pytest.approx(written, rel=0.005)
 
 
 def test_the_storys_checkpoint_is_5_57_gigabytes() -> None:

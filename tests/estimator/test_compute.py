@@ -86,3 +86,16 @@ def test_no_step_is_faster_than_the_peak_of_its_accelerator() -> None:
 def test_accelerators_are_found_by_the_names_people_type() -> None:
     assert find_accelerator("RTX 3090") is find_accelerator("rtx-3090") is find_accelerator("3090")
     assert find_accelerator("h100").name == "H100-SXM-80GB"
+
+
+def test_narrow_heads_take_longer_for_the_same_flops_and_wide_ones_less() -> None:
+    wide = resolve_model("llama-2-7b")
+    setup = Setup(model="llama-2-7b", seq=4096).resolved()
+    assert wide.head_dim == 128
+    found = {
+        width: step_work(dataclasses.replace(wide, heads=4096 // width, kv_heads=4096 // width, head_dim=width), setup)
+        for width in (64, 128, 256)
+    }
+    assert len({work.attention_flops for work in found.values()}) == 1
+    seconds = {width: work.kernel_attention_flops / found[128].kernel_attention_flops for width, work in found.items()}
+    assert seconds == {64: pytest.approx(4 / 3), 128: 1.0, 256: pytest.approx(5 / 6)}

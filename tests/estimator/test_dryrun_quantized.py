@@ -186,8 +186,8 @@ def test_trainer_keeps_wide_states_for_embeddings_and_a_plain_loop_does_not() ->
     [
         {"base_quantization": "nf4", "method": "dora"},
         {"base_quantization": "gptq-int4", "method": "qlora", "precision": "fp32"},
-        {"base_quantization": "nf4", "method": "qlora", "model": "mixtral-8x7b"},
-        {"base_quantization": "nf4", "method": "qlora", "accelerators": 2},
+        {"base_quantization": "gptq-int4", "method": "qlora", "model": "mixtral-8x7b"},
+        {"base_quantization": "nf4", "method": "qlora", "accelerators": 2, "sharding": "zero2"},
         {"base_quantization": "int8", "method": "qlora", "accelerator": "cpu"},
         {"optimizer": "adamw-paged", "accelerator": "cpu"},
         {"method": "lora", "lora_targets": "q_proj v_porj"},

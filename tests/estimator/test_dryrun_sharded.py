@@ -30,6 +30,8 @@ TWO_RANKS: list[dict[str, Any]] = [
     {"model": "nano-llama", "method": "lora"},
     {"loss": "chunked"},
     {"model": "nano-llama", "precision": "bf16-mixed", "batch": 1, "seq": 16},  # gathering and reducing is the peak
+    {"method": "qlora", "model": "nano-llama", "batch": 1, "seq": 16},
+    {"method": "qlora", "precision": "bf16-mixed"},
     {"sharding": "ddp"},
     {"sharding": "ddp", "precision": "bf16-mixed", "checkpointing": "full"},
 ]
@@ -72,6 +74,15 @@ def test_each_rank_of_a_real_run_peaks_where_the_dry_run_says(
         {"accelerators": 4, "shard_size": 2, "framework": "hf-trainer", "accumulation": 2},
         {"method": "lora", "precision": "bf16", "framework": "hf-trainer"},
         {"framework": "torchtitan", "checkpointing": "selective", "compile": True},
+        {"method": "qlora", "base_quantization": "gptq-int4", "precision": "bf16"},
+        {
+            "method": "lora",
+            "precision": "bf16",
+            "framework": "hf-trainer",
+            "flat_parameters": True,
+            "checkpointing": "full",
+            "checkpoint_reentrant": True,
+        },
     ],
     ids=str,
 )
@@ -160,12 +171,12 @@ def test_buckets_that_hold_all_gradients_are_written_out_to_the_byte(values: dic
     "values",
     [
         {"tensor_parallel": 2},
-        {"context_parallel": 2},
+        {"context_parallel": 2, "seq": 2047},
         {"pipeline_parallel": 2},
         {"sharding": "none"},
         {"shard_size": 3},
         {"optimizer": "adafactor"},
-        {"method": "qlora"},
+        {"method": "qlora", "base_quantization": "int8"},
         {"framework": "megatron"},
         {"sharding": "zero2"},
         {"sharding": "zero3", "framework": "hf-trainer+deepspeed", "precision": "fp32"},

@@ -134,7 +134,8 @@ def _live_hidden_states(layers: int, *, frozen: bool, wrap: bool = True) -> int:
     first = model.layers[0]
     first.register_forward_hook(lambda *_: counts.append(live.count()))
     if wrap:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        stores: Any = dist
+        dist.init_process_group("gloo", store=stores.HashStore(), rank=0, world_size=1)
     try:
         if wrap:
             policies = [
@@ -174,7 +175,8 @@ class _LiveStorages:
                         outer._seen[storage._cdata] = storage._weak_ref()
                 return made
 
-        return Mode()
+        mode: Any = Mode
+        return mode()
 
     def count(self) -> int:
         import torch

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 from benchmarks.formula_vs_dry_run import Gap, compare, draw, draw_sharded
 from estimator.score import percentile
+from estimator.setup import Setup
 
 SETUPS = 16
 SEED = 11
@@ -23,6 +25,27 @@ def test_the_formula_has_the_dry_runs_peak(gaps: list[Gap]) -> None:
     sizes = [abs(gap.relative) for gap in gaps]
     assert percentile(sizes, 0.5) < 0.005
     assert percentile(sizes, 0.95) < 0.04
+
+
+CASES = (
+    {"model": "gpt2-124m", "attention": "eager"},
+    {"model": "phi-1.5"},
+    {"model": "opt-1.3b", "method": "lora", "precision": "bf16"},
+    {"model": "pythia-1b", "method": "lora", "lora_targets": "all-linear"},
+    {"model": "santacoder", "precision": "bf16", "checkpointing": "full"},
+    {"model": "gemma-2-9b", "attention": "eager", "method": "lora", "precision": "bf16"},
+    {"model": "qwen3-30b-a3b", "method": "lora", "lora_targets": "all-linear", "precision": "bf16"},
+    {"model": "llama-3.2-1b", "compile": True},
+    {"model": "llama-3.2-1b", "compile": True, "method": "lora", "precision": "bf16", "attention": "eager"},
+    {"model": "tinyllama-1.1b", "offload": "activations", "checkpointing": "selective"},
+)
+"""What a family's code keeps and another's does not (layer_facts.csv), experts with adapters, compilation and offloading."""
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: " ".join(map(str, settings.values())))
+def test_what_only_some_models_or_settings_keep_is_in_the_formula(settings: dict[str, Any]) -> None:
+    gap = compare(Setup(accelerator="H100-SXM-80GB", seq=512, batch=2, **settings))
+    assert gap is not None and abs(gap.relative) < 0.03
 
 
 def test_the_formula_has_the_dry_runs_peak_under_fsdp() -> None:

@@ -16,7 +16,6 @@ from estimator.estimate import estimate
 from estimator.hardware import find_accelerator
 from estimator.setup import Setup
 from estimator.step_law import formula_seconds
-from estimator.units import Interval
 
 FLOPS = ("matmul_flops", "expert_flops", "attention_flops", "kernel_attention_flops", "model_flops")
 
@@ -95,7 +94,7 @@ def _config(path: Path, kind: str, **further: Any) -> str:
     ("kind", "further", "products"),
     [
         ("olmo2", {}, 1.0),  # Llama's matrices, other norms
-        ("arcee", {"hidden_act": "relu2"}, None),  # no gate, which its keys do not say
+        ("lfm2", {"layer_types": ["conv", "conv", "conv", "full_attention"] * 2}, None),  # few layers with attention
         (
             "ernie4_5_moe",
             {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64},
@@ -117,11 +116,7 @@ def test_a_type_that_no_family_describes_has_its_time_from_its_own_code(
         assert found.time.model_flops_per_step == pytest.approx(products * llama.time.model_flops_per_step, rel=0.01)
     else:
         assert found.time.model_flops_per_step != pytest.approx(llama.time.model_flops_per_step, rel=0.05)
-    assert _width(found.time.step_seconds) >= _width(llama.time.step_seconds)
-
-
-def _width(interval: Interval) -> float:
-    return interval.high / interval.low
+    assert any("no published run told the law of this model" in note for note in found.notes)
 
 
 def _parameters(config: str) -> int:

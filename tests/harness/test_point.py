@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from estimator.build import build_model
+from estimator.catalog import resolve_model
+from estimator.checkpoint import checkpoint_estimate
 from estimator.errors import InputError, MissingError
 from estimator.measured import MEASUREMENTS, MeasuredRun
 from estimator.setup import Setup
@@ -171,6 +173,9 @@ def test_every_way_of_training_gives_a_row(measure: Measure, framework: str, set
     run = measure(framework=framework, **settings)
     assert run.outcome == "ok"
     assert run.trainable_parameters == counted(**settings)[1]
+    # Adapters come with peft's README, and the plain loop leaves out Trainer's arguments.
+    predicted = checkpoint_estimate(resolve_model(run.setup.model), run.setup).bytes
+    assert run.checkpoint_bytes == pytest.approx(predicted, rel=0.015)
 
 
 def test_checkpointing_and_less_to_train_need_less(measure: Measure) -> None:

@@ -252,6 +252,24 @@ def test_what_cannot_fit_in_memory_is_refused_before_anything_is_built_or_kept(
     assert not plan().out.exists()
 
 
+def test_on_a_gpu_what_others_hold_is_read_before_anything_initialises_cuda(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def arguments(plan: TrainPlan) -> None:
+        order.append("arguments")
+        raise InputError("far enough")
+
+    gpu = LocalDevice(name="RTX-3090", kind="cuda", description="x", capacity_bytes=2**34, free_bytes=2**34)
+    monkeypatch.setattr(harness.train, "local_device", lambda: gpu)
+    monkeypatch.setattr(harness.train, "memory_meter", lambda device: order.append(f"meter of {device.kind}"))
+    monkeypatch.setattr(harness.train, "_check_arguments", arguments)
+    with pytest.raises(InputError, match="far enough"):
+        train(plan())
+    assert order == ["meter of cuda", "arguments"]
+
+
 def test_memory_that_others_hold_does_not_count_as_free(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     full = LocalDevice(name="cpu", kind="cpu", description="x", capacity_bytes=2**40, free_bytes=2**20)
     monkeypatch.setattr(harness.train, "local_device", lambda: full)

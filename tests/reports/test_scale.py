@@ -21,6 +21,12 @@ def test_memory_is_written_in_binary_units(amount: float, text: str) -> None:
     assert scale.memory_text(amount) == text
 
 
+def test_what_is_left_of_a_memory_is_a_phrase() -> None:
+    assert scale.margin_text(2**30, fits=True) == "1.00 GiB to spare"
+    assert scale.margin_text(-(2**30), fits=False) == "1.00 GiB too much"
+    assert scale.margin_text(0, fits=True) == "with nothing to spare"
+
+
 def test_a_rate_beyond_all_numbers_is_written_as_that() -> None:
     assert scale.digits(float("inf")) == "inf"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,6 +127,8 @@ def _confirmation(space: Space, reserve_bytes: int, wanted: bool | None) -> Call
     def fits(setup: Setup) -> bool:
         from estimator.estimate import fits_by_dry_run
 
+        # From the second micro-batch on, which finds gradients, each is like the last.
+        setup = dataclasses.replace(setup, accumulation=min(setup.accumulation, 2))
         if setup not in known:
             print(f"dry run: {setup.accelerator}, batch {setup.batch} x {setup.seq:,} tokens", file=sys.stderr)
             known[setup] = fits_by_dry_run(setup, reserve_bytes=reserve_bytes)
