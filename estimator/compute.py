@@ -163,8 +163,10 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     share = layers + count.other  # an inferred shape's remainder works like the rest
     of_adapters = adapter_bytes(shape, setup, size, tokens) * passes.elementwise
     adapters = trainable_parameters(shape, setup) if setup.method in ("lora", "dora", "qlora") else 0
-    # Recomputation stops at the last tensor that backward needs: the down projection is not run again.
-    stopped = 0.0 if setup.checkpoint_reentrant else shape.plain_layers * shape.hidden * shape.plain_ffn
+    # Recomputation stops at the last tensor that backward needs: the down projection is not run again. Reentrant
+    # checkpointing, and Megatron's own (CheckpointFunction), runs the whole layer.
+    early = 0.0 if setup.checkpoint_reentrant else 1.0 - 1.0 * is_megatron(setup)
+    stopped = early * shape.plain_layers * shape.hidden * shape.plain_ffn
     products = passes.matmul + passes.trained
     matmul = 2.0 * tokens * (share * products - stopped * passes.repeated)
     matmul += (6.0 + 2.0 * passes.repeated) * tokens * adapters
