@@ -191,7 +191,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         launches=_launches(shape, setup),
         model_flops=model_flops_per_token(shape, setup) * setup.tokens_per_step,
         kernel_attention_flops=attention
-        * (context if writes_scores(setup) else causal * _narrowness(shape))
+        * (context if writes_scores(setup) else causal * narrowness(shape.head_dim, _value_dim(shape)))
         / devices_of_model,
         operand_bytes=operand_bytes(
             shape, setup, size, persistent, tokens, passes=passes.matmul, trained=passes.trained
@@ -228,10 +228,10 @@ def _value_dim(shape: ModelShape) -> int:
     return shape.v_head_dim if shape.latent_attention else shape.head_dim
 
 
-def _narrowness(shape: ModelShape) -> float:
+def narrowness(head_dim: int, value_dim: int) -> float:
     """Seconds of attention per FLOP beside those of heads 128 wide: a score's exponential, a third of them there, takes as
     long for a narrow head (FlashAttention-3 at 64 reaches three quarters of its rate at 128)."""
-    return (2.0 + 2.0 * 128 / (shape.head_dim + _value_dim(shape))) / 3.0
+    return (2.0 + 2.0 * 128 / (head_dim + value_dim)) / 3.0
 
 
 def _context(shape: ModelShape, setup: Setup) -> tuple[Number, Number]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from estimator.compute import narrowness
 from estimator.dryrun.private_api import TorchDispatchMode, executing_node, next_sequence_number
 from estimator.dryrun.tracker import Tracker
 from estimator.dryrun.work import KINDS, OperatorWork
@@ -119,7 +120,8 @@ class OperatorCounter(TorchDispatchMode):
         once = 2.0 * math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
         causal = any(argument is True for argument in [*args[3:], *kwargs.values()])
         self._add("attention_flops", once * passes)
-        self._add("kernel_attention_flops", once * passes / (2 if causal else 1))
+        narrow = narrowness(query.shape[3], value.shape[3])
+        self._add("kernel_attention_flops", once * passes * narrow / (2 if causal else 1))
         self._add("repeated_flops", once if self._recomputes() else once * (passes - 2) if passes > 1 else 0.0)
 
     def _recomputes(self) -> bool:
