@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_truth import results_directory
+from benchmarks.gpu_truth import minutes, positive_count, results_directory
 from benchmarks.rate_cases import Case, rate_cases
 from estimator.errors import InputError
 from estimator.hardware import Accelerator, accelerators
@@ -48,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = local_device()
     on_gpu = device.kind == "cuda" and not given.tiny
     out = given.out or results_directory(device)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"out: cannot make the directory {out}: {error.strerror or error}; write another --out"
+        ) from None
     table = out / RATES
     rows = read_rates(table)
     known = {(row["kernel"], row["shape"], row["dtype"]) for row in rows}
@@ -72,10 +77,13 @@ def read_rates(table: Path) -> list[dict[str, Any]]:
     """The rows of ``rates.csv`` as text by column; none where there is no file. Raises InputError for another table."""
     if not table.exists():
         return []
-    with table.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), tuple(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error):
+        columns = ()
+    if columns != COLUMNS:
         raise InputError(f"out: {table} is not a table of rates; write another --out")
     return rows
 
@@ -161,11 +169,11 @@ def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_rates", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, help="stop after this long (default: when all is measured)")
+    parser.add_argument("--minutes", type=minutes, help="stop after this long (default: when all is measured)")
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<accelerator>-<date>; resumes what is there"
     )
-    parser.add_argument("--cases", type=int, help="only the first N")
+    parser.add_argument("--cases", type=positive_count, help="only the first N")
     parser.add_argument("--tiny", action="store_true", help="the CPU's form on a GPU too")
     return parser
 

@@ -233,13 +233,27 @@ def _text(setup: Setup) -> str:
     return f"{setup.model} {setup.batch} x {setup.seq} {' '.join(further)}"
 
 
+def positive_count(text: str) -> int:
+    """Of an option; argparse makes one line of its ValueError."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few; write 1 or more")
+    return int(text)
+
+
+def minutes(text: str) -> float:
+    """Of an option. 0 only shows what there is."""
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time; write for example 8")
+    return float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_truth", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, help="stop after this long (default: when all is measured)")
+    parser.add_argument("--minutes", type=minutes, help="stop after this long (default: when all is measured)")
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/<accelerator>-<date>; resumes what is there"
     )
-    parser.add_argument("--points", type=int, help="only the first N of the matrix")
+    parser.add_argument("--points", type=positive_count, help="only the first N of the matrix")
     parser.add_argument("--timeout", type=float, default=90.0, help="seconds that one point may take (default 90)")
     parser.add_argument("--warmup-steps", type=int, default=2)
     parser.add_argument("--timed-steps", type=int, default=5)

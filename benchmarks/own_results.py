@@ -82,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("table", type=Path, help="a table of measured runs, or the directory that holds it")
     parser.add_argument("--held-back", action="store_true", help="the third that only judges")
     given = parser.parse_args(arguments)
+    runs = _part(read_runs(given.table), given.held_back)
     writer = csv.DictWriter(sys.stdout, columns(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(to_row(run) for run in _part(read_runs(given.table), given.held_back))
+    writer.writerows(map(to_row, runs))
     return 0
 
 

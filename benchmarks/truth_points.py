@@ -70,8 +70,17 @@ def truth_points(
 
 
 def _rows(matrix: Path) -> Iterator[dict[str, str]]:
-    with matrix.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file, strict=True)
+    try:
+        with matrix.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = sorted({"why", "model", "batch", "trace"} - set(reader.fieldnames or ()))
+            if missing:
+                raise InputError(f"matrix: {matrix} has no column {missing[0]}; write a table like {MATRIX.name}")
+            yield from reader
+    except OSError as error:
+        raise InputError(f"matrix: cannot read {matrix}: {error.strerror or error}; write another --matrix") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"matrix: {matrix} is not a table: {error}; write another --matrix") from None
 
 
 def _setups(row: dict[str, str], device: LocalDevice, *, tiny: bool) -> Iterator[Setup]:

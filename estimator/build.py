@@ -9,6 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.methods import apply_method, decoder_layers
 from estimator.model_config import cut_depth, is_pretrained, model_config, refusal
@@ -150,6 +151,9 @@ def check_step(setup: Setup) -> None:
 def check_buildable(setup: Setup) -> None:
     """Raises InputError for what the estimator can predict but no step here executes."""
     check_step(setup)
+    if resolve_model(setup.model).inferred:
+        # Its whole layers and heads never add up to the count.
+        raise InputError(f"model: {setup.model} names no model that can be built; write --model NAME")
     unbuilt = {
         "sharding": setup.sharding not in (None, "none"),
         "method": setup.method.startswith("adapter"),

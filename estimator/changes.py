@@ -74,9 +74,10 @@ def _same_result(setup: Setup) -> Iterator[list[Change]]:
         yield [Change(settings={"zero_grad": "none"})]
     if not setup.expandable_segments and not is_cpu(setup.accelerator) and setup.framework != "jax":
         yield [Change(settings={"expandable_segments": True})]
-    if setup.data_ranks > 1 and setup.sharding in ("none", "ddp"):
+    ranks = setup.data_ranks * setup.context_parallel
+    if ranks > 1 and setup.sharding in ("none", "ddp"):
         yield [Change(settings={"sharding": "fsdp"})]
-    if setup.data_ranks > 1 and setup.sharding in ("zero1", "zero2"):
+    if ranks > 1 and setup.sharding in ("zero1", "zero2"):
         yield [Change(settings={"sharding": "zero3"})]
     if setup.sharding == "fsdp" and not setup.reshard_after_forward:
         yield [Change(settings={"reshard_after_forward": True})]

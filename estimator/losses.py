@@ -44,7 +44,8 @@ def use_loss(model: Any, setup: Setup, *, dry: bool) -> None:
     if setup.loss == "standard" and copies:
         pass
     elif setup.loss in ("standard", "compiled"):
-        compiled = functools.partial(_compiled, whole=whole)
+        # transformers warns where a class's name has no loss (GPT2LMHeadModel), and a warning ends the compiled graph.
+        compiled = functools.partial(_compiled, whole=whole and getattr(model, "loss_type", None) is not None)
         model.loss_function = compiled if dry else torch.compile(model.loss_function)
     elif setup.loss == "fused-kernel":
         model.loss_function = functools.partial(_fused_kernel, kernels=kernels)

@@ -147,8 +147,8 @@ class Setup:
         alone = self.accelerators == 1 or self.sharding == "ddp"
         if self.optimizer == "galore" and (self.framework, self.method, alone) != ("hf-trainer", "full", True):
             raise InputError(
-                "optimizer: galore is Trainer's, of unsharded training in full; write --framework hf-trainer --method full, "
-                "or another optimizer"
+                "optimizer: galore is Trainer's, of unsharded training in full; write --framework hf-trainer --method full "
+                "(with several devices --sharding ddp), or another optimizer"
             )
         if self.accelerators % self.model_parallel:
             raise InputError(
@@ -182,7 +182,9 @@ class Setup:
         defaults = _FRAMEWORK_DEFAULTS.get(self.framework, _OTHER_FRAMEWORKS)
         filled = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if self.sharding is None:
-            filled["sharding"] = "none" if self.data_ranks == 1 else _DEFAULT_SHARDING.get(self.framework, "fsdp")
+            # Context-parallel ranks are among those that frameworks shard over.
+            alone = self.data_ranks * self.context_parallel == 1
+            filled["sharding"] = "none" if alone else _DEFAULT_SHARDING.get(self.framework, "fsdp")
         if self.data_parallel is None:
             filled["data_parallel"] = self.data_ranks
         return dataclasses.replace(self, **filled)

@@ -258,6 +258,8 @@ def states(shape: ModelShape, setup: Setup) -> States:
         host, optimizer = optimizer, 0.0
         if keeps_master_weights(setup) and setup.sharding != "zero1":
             gradients = 0.0  # sent to the host bucket by bucket
+        if setup.sharding == "fsdp" and setup.offload:
+            gradients = 0.0  # each as soon as it is reduced
         if setup.offload and size.trained == 2 and not keeps_master_weights(setup):
             host += trainable * 12.0 / place.optimizer
     if setup.offload == "optimizer+parameters":

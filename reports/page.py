@@ -47,9 +47,12 @@ class Page:
         aside = "; ".join(text for text in (bounds, note) if text)
         self.row(label, scale.value_text(interval.value, unit), aside, style)
 
-    def paragraph(self, text: str, *, indent: str = "  ", bullet: str = "") -> None:
+    def paragraph(self, text: str, *, indent: str = "  ", bullet: str = "", break_on_hyphens: bool = True) -> None:
+        """break_on_hyphens: not in a command, whose flags have to survive being copied."""
         first, rest = indent + bullet, indent + " " * len(bullet)
-        for line in textwrap.wrap(text, self.width, initial_indent=first, subsequent_indent=rest):
+        for line in textwrap.wrap(
+            text, self.width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=break_on_hyphens
+        ):
             self.line(line)
 
     def bar(self, fraction: float, width: int) -> str:

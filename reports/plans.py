@@ -89,6 +89,11 @@ def print_plans(
         page.paragraph(
             f"{plans.front[0].setup.model} names no model that can be trained; in a command write --model NAME"
         )
+    if any(found.setup.framework != "hf-trainer" or found.setup.accelerators > 1 for found in plans.front):
+        page.paragraph(
+            "`vramcalc train` itself runs hf-trainer on one device; for other plans its command states the settings, "
+            "which `vramcalc estimate` takes too"
+        )
     if not request.tokens(1):
         page.paragraph("no data given: plans are compared by tokens; write --dataset-tokens N or --samples N")
     for reason in dict.fromkeys(plans.left_out.values()):
@@ -123,7 +128,7 @@ def _print_plan(page: Page, number: int, estimate: Estimate, command: str) -> No
         page.row(
             "headroom", scale.memory_text(fit.margin_bytes), f"of {scale.memory_text(fit.capacity_bytes)} a device"
         )
-    page.paragraph(command, indent="  ", bullet="$ ")
+    page.paragraph(command, indent="  ", bullet="$ ", break_on_hyphens=False)
 
 
 def _headline(estimate: Estimate) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ _VIEWS = frozenset(
     {
         _aten.view.default, _aten._unsafe_view.default, _aten.permute.default, _aten.transpose.int, _aten.t.default,
         _aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.slice.Tensor,
-        _aten.select.int, _aten.alias.default, _aten.detach.default,
+        _aten.select.int, _aten.alias.default, _aten.detach.default, _aten.split.Tensor, _aten.split_with_sizes.default,
     }
 )  # fmt: skip
 _KERNELS = frozenset(
@@ -46,6 +47,7 @@ _GENERATED = frozenset(
         _aten.sum.dim_IntList, _aten.sum.default, _aten.mean.dim, _aten.amax.default, _aten.full.default, _aten.clone.default,
         _aten.cat.default, _aten.slice_scatter.default, _aten.select_scatter.default, _aten.var_mean.correction,
         _aten.copy.default, torch.ops.prims.convert_element_type.default, _aten.scalar_tensor.default,
+        _aten.lift_fresh_copy.default,
     }
 )  # fmt: skip
 """What it generates beside everything pointwise."""
@@ -120,7 +122,7 @@ def _mark(checkpointing: str, whole: bool, graph: fx.Graph) -> None:
     choose = policy() if checkpointing == "selective" else lambda _: CheckpointPolicy.PREFER_RECOMPUTE
     for node in graph.nodes:
         if node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward":
-            picked = getattr(node.target, "__name__", "") == "getitem"
+            picked = node.target is operator.getitem
             node.meta["recompute"] = node.args[0].meta["recompute"] if picked else choose(node.target)
             node.meta["ac_graph_id"] = 0
 
@@ -159,7 +161,7 @@ class _Plan:
         for node in self._nodes:
             if node.target in _KERNELS:
                 kept |= {_owner(source) for source in node.all_input_nodes}
-            elif node.op == "call_function" and not _is_known(node.target):
+            elif node.op == "call_function" and not _is_known(node):
                 raise InputError(f"compile: a dry run does not know how {node.target} is compiled; leave it out")
         self._made = {n for n in kept if n.op == "call_function" and not _is_given(n)}
         self._reads = {n: self._sources(n) for n in self._nodes if n in self._made or _is_given(n) or n is self._output}
@@ -215,18 +217,24 @@ def _bytes(value: Any) -> int:
     return value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else -1
 
 
+def _target(node: fx.Node) -> Any:
+    """The operator, of one of several results that of them all."""
+    return node.args[0].target if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+
+
 def _is_view(node: fx.Node) -> bool:
-    return node.target in _VIEWS
+    return _target(node) in _VIEWS
 
 
 def _is_given(node: fx.Node) -> bool:
     """A kernel's result, or one of several."""
-    return node.target in _KERNELS or (node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem")
+    return _target(node) in _KERNELS
 
 
-def _is_known(target: Any) -> bool:
+def _is_known(node: fx.Node) -> bool:
+    target = _target(node)
     pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return pointwise or target in _VIEWS or target in _GENERATED or getattr(target, "__name__", "") == "getitem"
+    return pointwise or target in _VIEWS or target in _GENERATED or target in _KERNELS
 
 
 def _owner(node: fx.Node) -> fx.Node:

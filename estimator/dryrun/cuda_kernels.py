@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from estimator.errors import InputError
+
 _aten = torch.ops.aten
 _BACKWARD_FLASH = _aten._scaled_dot_product_flash_attention_backward.default
 _BACKWARD_EFFICIENT = _aten._scaled_dot_product_efficient_attention_backward.default
@@ -40,17 +42,18 @@ _ATTENTION = functional.scaled_dot_product_attention  # which context parallelis
 class CudaFunctions(TorchFunctionMode):
     """Calls of Python functions as a CUDA device would run them.
 
-    kernel: ``flash``, ``efficient``, ``cudnn`` or ``math`` where it is known; ``None``: as PyTorch would choose.
+    kernel: ``flash``, ``efficient``, ``cudnn`` or ``math`` where it is known; ``None``: as PyTorch would choose. compiled: the
+    layers are traced for inductor; raises InputError for attention of which it would generate the code.
     """
 
-    def __init__(self, kernel: str | None) -> None:
+    def __init__(self, kernel: str | None, *, compiled: bool = False) -> None:
         super().__init__()
-        self._kernel = kernel
+        self._kernel, self._compiled = kernel, compiled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ATTENTION:
-            return _attention(self._kernel, *args, **kwargs)
+            return _attention(self._kernel, self._compiled, *args, **kwargs)
         if func in _WIDENED and torch.is_autocast_enabled("cpu"):
             args = tuple(_widened(value) for value in args)
             kwargs = {name: _widened(value) for name, value in kwargs.items()}
@@ -65,6 +68,7 @@ def _widened(value: Any) -> Any:
 
 def _attention(
     kernel: str | None,
+    compiled: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -81,6 +85,10 @@ def _attention(
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
     chosen = _choose(kernel, query, key, value, attn_mask, enable_gqa)
+    if chosen == "math" and compiled:
+        raise InputError(
+            "compile: SDPA has no kernel for grouped queries in fp32 or with this mask; write --attention eager or --precision bf16-mixed, or leave out --compile"
+        )
     with torch.autocast("cpu", enabled=False):
         if chosen == "math":
             return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -152,14 +152,14 @@ class _Writer:
         for piece in self._pieces:
             if isinstance(piece, list):
                 for event in piece:
-                    self._event(event, None, 0)
+                    self._event(event, None, None)
                 continue
             first, last = self._deep(piece.order[0]), self._deep(piece.order[-1])
             deep = range(first, last + piece.order.step, piece.order.step)
             for layer in deep:
                 sample = self._sample(layer)
                 for event in piece.units[sample]:
-                    self._event(event, layer, layer - sample)
+                    self._event(event, layer, sample)
         return self._out
 
     def _sample(self, layer: int) -> int:
@@ -172,23 +172,32 @@ class _Writer:
         """A layer that was run, as an event outside a sweep means it: counted from the nearer end."""
         return sample if sample <= self._middle else sample + self._added
 
-    def _event(self, event: Event, visited: int | None, shift: int) -> None:
-        """``visited``: the layer whose unit this is; ``None`` outside sweeps."""
+    def _meant(self, layer: int, visited: int | None, sample: int | None) -> int:
+        """The layer that an event means by one that was run: relative to its own, but where it is of one end and the other
+        of the other."""
+        if visited is None or sample is None:
+            return self._deep(layer)
+        ends = sorted((layer, sample))
+        if abs(sample - self._middle) > 1 and ends[0] < self._middle < ends[1]:
+            return self._deep(layer)
+        return layer + visited - sample
+
+    def _event(self, event: Event, visited: int | None, sample: int | None) -> None:
+        """``visited``: the layer whose unit this is, ``sample``: the one that was run for it; ``None`` outside sweeps."""
         out = self._out
         if event.kind == PHASE:
             out.events.append(Event(PHASE, event.index, None))
             return
         piece, born, position = self._names[event.index]
-        inside = visited is not None
         if born is not None:
-            born = born + shift if inside else self._deep(born)
+            born = self._meant(born, visited, sample)
         if event.kind != BIRTH:
             out.death(self._written.pop((piece, born, position)), visited)
             return
         storage = self._stream.storages[event.index]
         layer = storage.layer
         if layer is not None:
-            layer = layer + shift if inside else self._deep(layer)
+            layer = self._meant(layer, visited, sample)
         holder = storage.holder if layer == storage.layer else _renumbered(storage.holder, storage.layer, layer)
         grown = storage.bytes + storage.per_layer_bytes * self._added
         self._written[piece, born, position] = out.birth(

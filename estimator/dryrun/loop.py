@@ -56,7 +56,7 @@ class Loop:
             self._evaluate(self._setup.eval_batch)
 
     def _load(self) -> None:
-        _load(self._model, self._tracker)
+        _load(self._model, self._tracker, shards=not (self._setup.sharding == "fsdp" and self._setup.offload))
 
     def _evaluate(self, sequences: int) -> None:
         """``Trainer.prediction_step`` with ``prediction_loss_only``: the outputs, logits included, live until it returns."""
@@ -124,6 +124,12 @@ class Loop:
                 self._tracker.recategorize(parameter.grad, "gradients", self._tracker.holder(parameter))
 
     def _step(self) -> None:
+        # FSDP's shards that are on the host are stepped there.
+        on_host = self._setup.sharding == "fsdp" and self._setup.offload
+        with self._tracker.blind() if on_host else contextlib.nullcontext():
+            self._step_on_device()
+
+    def _step_on_device(self) -> None:
         fresh = self._optimizer is None
         if self._optimizer is None:
             self._optimizer = build_optimizer(self._setup, self._trained, self._model, cuda=self._cuda)
@@ -157,8 +163,9 @@ class Loop:
         parameter.register_post_accumulate_grad_hook(step)
 
 
-def _load(model: torch.nn.Module, tracker: Tracker) -> None:
-    """Parameters and buffers in the order of ``Module.to``: a module's children before its own."""
+def _load(model: torch.nn.Module, tracker: Tracker, *, shards: bool = True) -> None:
+    """Parameters and buffers in the order of ``Module.to``: a module's children before its own. Without ``shards`` sharded
+    parameters are on the host."""
     seen: set[int] = set()
     layer_of = {id(module): index for index, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
 
@@ -166,7 +173,8 @@ def _load(model: torch.nn.Module, tracker: Tracker) -> None:
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and id(tensor) not in seen:
+            on_host = not shards and hasattr(tensor, "_local_tensor")
+            if tensor is not None and id(tensor) not in seen and not on_host:
                 seen.add(id(tensor))
                 tracker.adopt(tensor, category="parameters", layer=layer_of.get(id(module)), holder=name)
 

@@ -32,10 +32,7 @@ def check_parallel(setup: Setup) -> None:
         _check_tensor_parallel(setup)
     if setup.context_parallel > 1:
         _check_context_parallel(setup)
-    if setup.offload == "optimizer" and not sharding.startswith("zero"):
-        raise InputError(
-            "offload: a dry run offloads the optimizer with DeepSpeed; write --framework hf-trainer+deepspeed"
-        )
+    _check_offload(setup)
     if sharding == "none" and setup.data_ranks > 1:
         raise InputError(f"sharding: none is of one device, not {setup.data_ranks}; write --sharding ddp or fsdp")
     if sharding == "none":
@@ -50,6 +47,19 @@ def check_parallel(setup: Setup) -> None:
     if ranks % shards or shards % setup.context_parallel:
         raise InputError(
             f"shard_size: {shards} does not divide the {ranks} ranks that hold parameters evenly; write --shard-size {ranks}"
+        )
+
+
+def _check_offload(setup: Setup) -> None:
+    if setup.offload == "optimizer" and setup.sharding == "fsdp":
+        raise InputError("offload: FSDP offloads the parameters too; write --offload optimizer+parameters")
+    if setup.offload == "optimizer" and not str(setup.sharding).startswith("zero"):
+        raise InputError(
+            "offload: a dry run offloads the optimizer with DeepSpeed; write --framework hf-trainer+deepspeed"
+        )
+    if setup.offload == "optimizer+parameters" and (setup.sharding != "fsdp" or is_cpu(setup.accelerator)):
+        raise InputError(
+            "offload: a dry run offloads parameters from GPUs with FSDP; write --sharding fsdp, or leave out --dry-run"
         )
 
 
@@ -113,6 +123,7 @@ def _unsplit(setup: Setup) -> dict[str, bool]:
     alone = setup.sharding == "none"
     return _unsharded(setup) | {
         "sharding": setup.sharding not in ("none", "fsdp"),
+        "offload": setup.offload is not None,
         "method": setup.method not in ("full", "freeze"),
         "base_quantization": setup.base_quantization is not None,
         # The mask would be made for this rank's part of the sequence.
@@ -143,10 +154,11 @@ def _unreplicated(setup: Setup) -> dict[str, bool]:
 
 
 def _unsharded(setup: Setup) -> dict[str, bool]:
+    plain = not setup.flat_parameters and not setup.base_quantization
     return {
         # Packed weights are parameters only where they can be stored in the type of the rest.
         "base_quantization": setup.base_quantization == "int8",
-        "offload": setup.offload is not None,
+        "offload": setup.offload is not None and (setup.offload == "activations" or not plain),
         "optimizer_in_backward": setup.optimizer_in_backward,
         # torch's and transformers' Adafactor fail on sharded parameters, those of bitsandbytes on fake ones.
         "optimizer": str(setup.optimizer).endswith(("8bit", "paged", "adafactor")),

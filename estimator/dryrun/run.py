@@ -60,7 +60,8 @@ def count_operators(setup: Setup) -> OperatorWork:
     with _quiet_libraries(), _countable():
         layers = depth(setup)
         run = _layers_run(setup, layers, LAYERS_RUN)
-        if write_out(record(setup, steps=1, layers=run, count=count), run=run, layers=layers) is None:
+        stream = record(_cut(setup, layers, run), steps=1, layers=run, count=count)
+        if write_out(stream, run=run, layers=layers) is None:
             run = layers
             record(setup, steps=1, layers=layers, count=count)
     return counters[-1].work(run=run, layers=layers)
@@ -86,9 +87,21 @@ def _as_run(setup: Setup) -> Setup:
 
 def _layers_run(setup: Setup, layers: int, most: int | None) -> int:
     """How many of the model's layers are executed at first."""
-    # The first layers of some mixtures of experts are dense: the middle one must be far enough from them.
-    few = None if most is None else most + 2 * resolve_model(setup.model).dense_layers
-    return layers if few is None or layers <= few or not same_in_depth(setup) else few
+    trained = setup.trainable_layers or layers
+    if most is None or trained > layers or not same_in_depth(setup):
+        return layers
+    # The first layers of some mixtures of experts are dense, the last may be the trained ones: the middle one must be far
+    # enough from them.
+    few = most + 2 * (resolve_model(setup.model).dense_layers + min(trained, layers - trained))
+    return min(few, layers)
+
+
+def _cut(setup: Setup, layers: int, run: int) -> Setup:
+    """``setup`` for ``run`` of its layers: of frozen and trained ones, those that are fewer stay as many."""
+    trained = setup.trainable_layers
+    if trained is None or run == layers or trained <= layers - trained:
+        return setup
+    return dataclasses.replace(setup, trainable_layers=run - (layers - trained))
 
 
 def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: int | None) -> DryRun:
@@ -100,7 +113,7 @@ def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: in
         raise _missing(error) from None
     layers = depth(setup)
     run = _layers_run(setup, layers, layers_run)
-    written = write_out(record(setup, steps=steps, layers=run), run=run, layers=layers)
+    written = write_out(record(_cut(setup, layers, run), steps=steps, layers=run), run=run, layers=layers)
     if written is None:
         run = layers
         written = record(setup, steps=steps, layers=layers)
@@ -164,7 +177,7 @@ def check_dry_runnable(setup: Setup) -> None:
         "loss": LOSSES,
         "checkpointing": ("none", "full", "selective"),
         "attention": ("eager", "sdpa", "flash", "flex"),
-        "offload": (None, "activations", "optimizer"),
+        "offload": (None, "activations", "optimizer", "optimizer+parameters"),
         "base_quantization": (None, *QUANTIZATIONS),
     }
     for name, values in known.items():

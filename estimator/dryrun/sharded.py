@@ -17,6 +17,7 @@ import torch
 from estimator.build import decoder_layers, weight_dtype
 from estimator.conventions import shards_flat
 from estimator.dryrun import private_fsdp
+from estimator.dryrun.host_shards import shards_on_host
 from estimator.dryrun.packed import store_packed
 from estimator.dryrun.private_api import replaced
 from estimator.dryrun.returned_inputs import keep_inputs
@@ -64,11 +65,13 @@ def distribute(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
 
 def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
     """``fully_shard`` of every unit and of the rest, over a mesh of (shards) or (replicas, shards)."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     if setup.base_quantization:
         store_packed(model, weight_dtype(setup))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(setup)}
+    if setup.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     for modules, reshards in _units(model, flat=shards_flat(setup)):
         fully_shard(modules, reshard_after_forward=setup.reshard_after_forward and reshards, **options)
     fully_shard(model, **options)
@@ -143,6 +146,8 @@ def watched(tracker: Tracker, model: Any, setup: Setup) -> Iterator[None]:
     tracker.stream_number = lambda: private_fsdp.stream_number(numbers)
     tracker.collectives = _gloo()
     with contextlib.ExitStack() as stack:
+        if setup.offload:
+            stack.enter_context(shards_on_host(tracker))
         for owner, name, function in (
             (_fsdp_param, "alloc_storage", allocate),
             (_fsdp_param, "free_storage", free),

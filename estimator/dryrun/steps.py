@@ -74,7 +74,7 @@ def record(
             if setup.attention == "flex":
                 stack.enter_context(compiled_flex_attention())
             if not cpu:
-                stack.enter_context(CudaFunctions(setup.attention_kernel))
+                stack.enter_context(CudaFunctions(setup.attention_kernel, compiled=setup.compile))
             if distributed:
                 stack.enter_context(watched(tracker, model, setup))
             stack.enter_context(count(tracker))

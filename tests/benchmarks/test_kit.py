@@ -161,6 +161,21 @@ def test_rates_do_not_overwrite_another_table(tmp_path: Path) -> None:
     (tmp_path / "rates.csv").write_text("kernel,shape\na,b\n")
     with pytest.raises(InputError, match="is not a table of rates"):
         gpu_rates.main(["--out", str(tmp_path), "--tiny"])
+    (tmp_path / "rates.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match="is not a table of rates"):
+        gpu_rates.main(["--out", str(tmp_path), "--tiny"])
+    with pytest.raises(InputError, match="cannot make the directory"):
+        gpu_rates.main(["--out", str(tmp_path / "rates.csv"), "--tiny"])
+
+
+@pytest.mark.parametrize("wrong", [("--minutes", "nan"), ("--minutes", "-1"), ("--minutes", "x")])
+def test_a_wrong_limit_is_refused_in_one_line(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for script, counted in ((gpu_truth, "--points"), (gpu_rates, "--cases")):
+        for arguments in (wrong, (counted, "0"), (counted, "-3")):
+            with pytest.raises(SystemExit) as ended:
+                script.main(arguments)
+            assert ended.value.code == 2
+            assert f"argument {arguments[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_full_and_tiny_rates_have_the_same_kernels_and_no_case_twice() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.truth_points import MATRIX, edge_batches, missing_edges, predicted_bytes, shrunk, truth_points
+from estimator.errors import InputError
 from estimator.setup import Setup
 from profiler.device import LocalDevice
 
@@ -109,3 +110,16 @@ def test_a_matrix_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text(header + "\n" + ",".join(row.values()) + "\n")
     points, left_out = truth_points(CPU, tiny=False, matrix=tmp_path / "mine.csv")
     assert [(p.why, p.setup.model, p.traced) for p in points] == [("mine", "gpt2-124m", False)] and not left_out
+
+
+def test_a_matrix_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    other, garbled = tmp_path / "other.csv", tmp_path / "garbled.csv"
+    other.write_text("model,seq\nmicro,64\n")
+    garbled.write_bytes(b"\xff\xfe\n")
+    for path, message in (
+        (tmp_path / "none.csv", "cannot read"),
+        (other, "has no column batch"),
+        (garbled, "is not a table"),
+    ):
+        with pytest.raises(InputError, match=message):
+            truth_points(CPU, tiny=True, matrix=path)

@@ -129,6 +129,21 @@ def test_the_document_has_what_a_plan_needs_and_its_command_is_understood() -> N
         assert _setup_of(words[2:]) == found["setup"]
 
 
+def test_a_narrow_terminal_breaks_no_flag_and_what_train_does_not_run_is_said() -> None:
+    import os
+
+    narrow = os.environ | {"COLUMNS": "60"}
+    done = run_plan("--model llama-3-8b --gpu mi300x --gpus 8,64 --dataset-tokens 1e8", env=narrow)
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 60 for line in done.stdout.splitlines())
+    commands = [text.split("\n\n")[0].split() for text in done.stdout.split("$ vramcalc train ")[1:]]
+    assert commands and all(not word.endswith("-") for words in commands for word in words)
+    said = "`vramcalc train` itself runs hf-trainer on one device"
+    assert said in " ".join(done.stdout.split())
+    one = run_plan("--model nano --gpu h100 --gpus 1 --samples 1000 --no-dry-run")
+    assert one.returncode == 0 and said not in " ".join(one.stdout.split())
+
+
 def _setup_of(words: list[str]) -> dict[str, Any]:
     """What ``estimate`` makes of the same flags, without those of data and place."""
     flags = words[: words.index("--samples")]

@@ -111,10 +111,10 @@ def test_a_point_that_cannot_fit_is_refused_before_it_is_built_unless_forced(
     in_process: Callable[..., Any], environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    command = ("profile", "--model", "nano,8e12", "--seq", "64", "--out", str(out))
+    command = ("profile", "--model", "nano,llama-3.1-405b", "--seq", "64", "--out", str(out))
     done = in_process(*command, environment=environment)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("error: memory: 8e12, 1 x 64, needs ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: memory: llama-3.1-405b, 1 x 64, needs ") and done.stderr.count("\n") == 1
     assert done.stderr.endswith("GiB free; leave it out, or write --force to try all the same\n")
     assert not out.exists()
     ran: list[str] = []
@@ -122,7 +122,7 @@ def test_a_point_that_cannot_fit_is_refused_before_it_is_built_unless_forced(
         "vramcalc.commands.profile._run", lambda points, *_: ran.extend(p.setup.model for p in points) or ()
     )
     assert in_process(*command, "--force").returncode == 0
-    assert ran == ["nano", "8e12"]
+    assert ran == ["nano", "llama-3.1-405b"]
 
 
 def test_points_over_their_limits_are_rows_with_a_reason_and_the_sweep_goes_on(
@@ -184,6 +184,7 @@ def test_planning_imports_no_torch(environment: dict[str, str], tmp_path: Path) 
         (("--memory-limit", "much"), "memory_limit: 'much' is not a number"),
         (("--timed-steps", "0"), "timed_steps: 0 is too few"),
         (("--framework", "torchtitan"), "framework: torchtitan can be estimated but not run here"),
+        (("--model", "5e6"), "model: 5e6 names no model that can be built; write --model NAME"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_before_any_work(

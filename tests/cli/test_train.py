@@ -145,6 +145,7 @@ def test_an_interrupted_training_says_where_it_goes_on_and_exits_with_130(
         (["--prompt-format", "haiku"], 2, "write --prompt-format with one of chat, alpaca, plain"),
         (["--out", "/proc/run"], 2, "error: out: cannot write to /proc/run"),
         (["--gpus", "8"], 2, "can be estimated but not run on this machine"),
+        (["--model", "5e6"], 2, "error: model: 5e6 names no model that can be built; write --model NAME"),
         (["--gpu", "no-such-card"], 2, "error: accelerator: "),
         (["--calibration", "missing.json"], 2, "missing.json"),
         (["--model", "llama-3.1-70b"], 3, "error: memory: a step needs"),

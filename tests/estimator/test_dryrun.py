@@ -86,6 +86,8 @@ def test_a_real_step_on_this_cpu_peaks_where_the_dry_run_says(values: dict[str, 
         {"model": "smollm2-135m", "precision": "bf16", "framework": "torch-loop", "accelerator": "RTX-A6000"},
         {"model": "mixtral-8x7b", "accelerator": "H100-SXM-80GB", "checkpointing": "full"},
         {"model": "deepseek-v3-16b-titan-flavor", "accelerator": "H100-SXM-80GB"},  # its first layer is dense
+        {"model": "llama-3.2-1b", "method": "freeze", "trainable_layers": 4},
+        {"model": "llama-3.2-1b", "method": "freeze", "trainable_layers": 13, "checkpointing": "full"},
     ],
     ids=str,
 )

@@ -76,6 +76,14 @@ def test_each_rank_of_a_real_run_peaks_where_the_dry_run_says(
         {"framework": "torchtitan", "checkpointing": "selective", "compile": True},
         {"method": "qlora", "base_quantization": "gptq-int4", "precision": "bf16"},
         {
+            "model": "small",
+            "loss": "fused-linear",
+            "checkpointing": "full",
+            "accumulation": 2,
+            "framework": "hf-trainer",
+        },
+        {"offload": "optimizer+parameters", "accumulation": 2},
+        {
             "method": "lora",
             "precision": "bf16",
             "framework": "hf-trainer",
@@ -187,3 +195,18 @@ def test_what_no_dry_run_shards_is_one_line(values: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
         dry_run(Setup(**({"model": "nano", "sharding": "fsdp", "accelerators": 4} | values)))
     assert "\n" not in str(caught.value)
+
+
+def test_offloaded_shards_leave_the_device_but_for_what_is_gathered() -> None:
+    setup = Setup(
+        model="llama-3.2-1b", framework="torchtitan", accelerator="h100", accelerators=4, seq=1024, checkpointing="full"
+    )
+    on_device = dry_run(setup)
+    offloaded = dry_run(Setup(**(setup.as_dict() | {"offload": "optimizer+parameters"})))
+    peaks = [{phase.phase: phase.peak_allocated_bytes for phase in run.phases} for run in (on_device, offloaded)]
+    shards = 1_235_814_400 * 4 / 4
+    assert peaks[0]["forward"] - peaks[1]["forward"] == pytest.approx(3 * shards, rel=0.01)  # with the moments
+    assert peaks[1]["load"] < 2**20 and peaks[1]["between"] < 2**27
+    # FSDP moves parameters with the optimizer.
+    with pytest.raises(InputError, match="parameters too"):
+        dry_run(Setup(**(setup.as_dict() | {"offload": "optimizer"})))

@@ -23,6 +23,7 @@ TOO_LARGE: list[dict[str, Any]] = [
     {"model": "8e9", "accelerator": "rtx-4090", "zero_grad": "zero", "accumulation": 4},
     {"model": "llama-3.1-8b", "framework": "torchtune", "precision": "bf16", "accelerator": "a100-40gb"},
     {"model": "llama-3.1-8b", "framework": "hf-trainer+deepspeed", "sharding": "zero2", "accelerators": 4, "seq": 8192, "accelerator": "a100"},
+    {"model": "llama-3.1-8b", "accelerator": "h100", "accelerators": 4, "context_parallel": 4, "seq": 8192, "sharding": "ddp"},
     {"model": "llama-3.1-8b", "method": "freeze", "trainable_layers": 16, "accelerator": "rtx-3090"},
 ]  # fmt: skip
 REQUEST = RunRequest(reserve_bytes=2**30)

@@ -93,3 +93,20 @@ def test_every_refused_choice_names_what_to_write_instead() -> None:
 def test_adapter_targets_are_read_as_published_tables_write_them(written: str, targets: str | None) -> None:
     row = {"run": "r1", "model": "llama-2-7b", "method": "lora", "lora_targets": written}
     assert from_row(row).setup.lora_targets == targets
+
+
+@pytest.mark.parametrize(
+    ("values", "sharding"),
+    [
+        ({}, "none"),
+        ({"accelerators": 4}, "fsdp"),
+        ({"accelerators": 4, "context_parallel": 4}, "fsdp"),
+        ({"accelerators": 4, "context_parallel": 4, "framework": "megatron"}, "zero1"),
+        ({"accelerators": 4, "tensor_parallel": 4}, "none"),
+        ({"accelerators": 4, "context_parallel": 4, "sharding": "ddp"}, "ddp"),
+    ],
+)
+def test_context_parallel_ranks_share_the_parameters_as_data_parallel_ones_do(
+    values: dict[str, Any], sharding: str
+) -> None:
+    assert Setup(model="nano", **values).resolved().sharding == sharding
