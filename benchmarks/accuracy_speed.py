@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterable
 from importlib import resources
 
-from estimator.catalog import resolve_model
 from estimator.measured import MeasuredRun
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import active_parameters
 from estimator.score import Comparison, Score, score, source_name
 from estimator.setup import Setup
-from estimator.shape import active_parameters
 from estimator.validation import Validation
 
 SPEEDS = ("step_seconds", "tokens_per_second")

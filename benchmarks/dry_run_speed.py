@@ -21,7 +21,7 @@ def measure(model: str) -> str:
     started = time.perf_counter()
     import torch  # noqa: F401
 
-    from estimator.build import model_config
+    from estimator.building.model import model_config
     from estimator.dryrun.run import dry_run
     from estimator.setup import Setup
 

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script is run by its path
 from benchmarks.step_law_problem import NAMES, Array, Problem, Row, read_rows
 from estimator.score import source_name
-from estimator.step_law import COEFFICIENTS, layout
+from estimator.speed.step_law import COEFFICIENTS, layout
 
 LAW = Path(__file__).resolve().parents[1] / "estimator" / "data" / "step_law.json"
 

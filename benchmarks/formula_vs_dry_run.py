@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from estimator.catalog import resolve_model
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError
-from estimator.memory import memory_phases, peak_phase
+from estimator.memory.formula import memory_phases, peak_phase
+from estimator.model.catalog import resolve_model
 from estimator.possible import check_possible
 from estimator.score import percentile
 from estimator.setup import QUANTIZATIONS, Setup

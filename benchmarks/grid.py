@@ -7,9 +7,9 @@ import time
 
 import numpy
 
-from estimator.catalog import resolve_model
 from estimator.grid import grid_device_bytes, setup_grid
-from estimator.memory import memory_phases
+from estimator.memory.formula import memory_phases
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 _CHUNK = 20_000

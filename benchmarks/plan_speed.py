@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from estimator.cost import RunRequest
 from estimator.planning.search import Limits, plan
 from estimator.planning.space import Space
+from estimator.run.cost import RunRequest
 
 
 def main() -> None:

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from estimator.catalog import resolve_model
-from estimator.compute import StepWork, is_megatron, step_work
 from estimator.errors import InputError
 from estimator.hardware import Accelerator, find_accelerator, is_cpu
 from estimator.measured import MeasuredRun
-from estimator.rates import Rates, rates
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import ModelShape
 from estimator.score import source_name
 from estimator.setup import Setup
-from estimator.shape import ModelShape
-from estimator.step_law import COEFFICIENTS, levels, seconds_by_kind
+from estimator.speed.compute import StepWork, is_megatron, step_work
+from estimator.speed.rates import Rates, rates
+from estimator.speed.step_law import COEFFICIENTS, levels, seconds_by_kind
 from profiler.stated import read_sized_table
 
 Array = Any

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.estimate import estimate
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
 from harness.point import local_setup
 from profiler.device import LocalDevice
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.estimate import estimate
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.result import Estimate, FitEstimate
 from estimator.setup import Setup, setting_types
-from estimator.shape import count_parameters
 from estimator.units import Interval
 
 DEFAULT_MODELS = (

@@ -6,21 +6,21 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_estimate
-from estimator.compute import StepWork, step_work
-from estimator.cost import RunRequest, budgeted, naive_estimate, run_estimate
-from estimator.device_memory import (
+from estimator.errors import DoesNotFitError, InputError
+from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
+from estimator.memory.checkpoint import checkpoint_estimate
+from estimator.memory.device import (
     allocator_room_bytes,
     device_interval,
     formula_interval,
     reserved_interval,
     whole_interval,
 )
-from estimator.errors import DoesNotFitError, InputError
-from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
-from estimator.host_memory import host_interval, host_memory
-from estimator.memory import memory_phases, peak_phase
+from estimator.memory.formula import memory_phases, peak_phase
+from estimator.memory.host import host_interval, host_memory
+from estimator.memory.states import trainable_parameters
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import ModelShape, active_parameters, count_parameters
 from estimator.possible import check_possible
 from estimator.result import (
     CheckpointEstimate,
@@ -31,14 +31,14 @@ from estimator.result import (
     Part,
     TimeEstimate,
 )
+from estimator.run.cost import RunRequest, budgeted, naive_estimate, run_estimate
 from estimator.setup import Setup
-from estimator.shape import ModelShape, active_parameters, count_parameters
-from estimator.states import trainable_parameters
-from estimator.step_law import formula_seconds, step_interval, unseen
+from estimator.speed.compute import StepWork, step_work
+from estimator.speed.step_law import formula_seconds, step_interval, unseen
 from estimator.units import GIB, Interval
 
 if TYPE_CHECKING:
-    from estimator.calibration import Calibration
+    from estimator.calibration.fitting import Calibration
     from estimator.dryrun.result import DryRun
     from estimator.remedies import Remedy
 
@@ -74,7 +74,7 @@ def estimate(
     check_possible(shape, setup)
     parameters = count_parameters(shape).total
     if calibration is not None:
-        from estimator.calibration import matches
+        from estimator.calibration.fitting import matches
 
         if not matches(calibration, setup.accelerator):
             calibration = None
@@ -129,7 +129,7 @@ def _canonical(setup: Setup) -> Setup:
 def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None, room_bytes: int | None) -> MemoryEstimate:
     phases = memory_phases(shape, setup)
     if calibration is not None:
-        from estimator import calibration as laws
+        from estimator.calibration import fitting as laws
 
         fitted = laws.apply_memory(calibration, phases)
         if fitted is not None:
@@ -361,7 +361,7 @@ def _time(
     else:
         work = step_work(shape, setup)
     if calibration is not None:
-        from estimator.calibration import apply_time
+        from estimator.calibration.fitting import apply_time
 
         fitted = apply_time(calibration, work, setup)
         if fitted is not None:
@@ -401,7 +401,7 @@ def _checkpoint(
     by_formula = checkpoint_estimate(shape, setup, kept=request.kept_checkpoints)
     if calibration is None:
         return by_formula
-    from estimator.calibration import apply_checkpoint
+    from estimator.calibration.fitting import apply_checkpoint
 
     fitted = apply_checkpoint(calibration, by_formula.model_bytes, by_formula.optimizer_bytes)
     if fitted is None:
@@ -469,7 +469,7 @@ def _notes(
     if request.tokens(setup.seq) is None:
         notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")
     if calibration is not None:
-        from estimator.calibration import caveats
+        from estimator.calibration.fitting import caveats
 
         notes += caveats(calibration, setup, count_parameters(shape).total)
     return tuple(notes)

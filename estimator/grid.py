@@ -9,9 +9,9 @@ import dataclasses
 from typing import Any
 
 from estimator.arrays import Number
-from estimator.device_memory import allocator_room_bytes, device_bytes
+from estimator.memory.device import allocator_room_bytes, device_bytes
+from estimator.model.shape import ModelShape
 from estimator.setup import Setup
-from estimator.shape import ModelShape
 
 AXES = (
     "accelerators", "data_parallel", "tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "shard_size",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from estimator.catalog import read_data
 from estimator.errors import InputError
+from estimator.model.catalog import read_data
 from estimator.units import GB, GIB, MIB, Interval
 
 CPU = "cpu"

@@ -7,8 +7,8 @@ from typing import Any
 
 from estimator.arrays import Number
 from estimator.errors import InputError
+from estimator.model.shape import ModelShape
 from estimator.setup import Setup
-from estimator.shape import ModelShape
 
 
 def check_possible(shape: ModelShape, setup: Setup) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from estimator.catalog import read_data, resolve_model
 from estimator.chart import DEFAULT_SEQ, ChartCell, chart_cell
 from estimator.errors import InputError
+from estimator.model.catalog import read_data, resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
 from estimator.units import GB
 
 _STATES = {"parameters": "weights", "gradients": "gradients", "optimizer": "optimizer"}

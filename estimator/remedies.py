@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from estimator.changes import Change, ladders
-from estimator.device_memory import allocator_room_bytes, device_bytes
 from estimator.errors import InputError
 from estimator.hardware import context_bytes, find_accelerator, is_cpu
-from estimator.memory import peak_bytes
+from estimator.memory.device import allocator_room_bytes, device_bytes
+from estimator.memory.formula import peak_bytes
+from estimator.model.shape import ModelShape
 from estimator.possible import check_possible
 from estimator.result import FitEstimate
 from estimator.setup import Setup
-from estimator.shape import ModelShape
 
 StepSeconds = Callable[[Setup], float | None]
 

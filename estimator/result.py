@@ -10,7 +10,7 @@ from estimator.units import Interval
 
 if TYPE_CHECKING:
     from estimator.dryrun.result import DryRun
-    from estimator.host_memory import HostMemory
+    from estimator.memory.host import HostMemory
     from estimator.remedies import Remedy
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from estimator.catalog import read_data
-from estimator.cost import RunRequest
 from estimator.estimate import estimate
+from estimator.model.catalog import read_data
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup, setting_types
 from estimator.units import Interval
 

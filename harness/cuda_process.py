@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from estimator.catalog import resolve_model
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 from profiler.device import LocalDevice
 

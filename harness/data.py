@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimator.build import is_pretrained
-from estimator.catalog import resolve_model
+from estimator.building.model import is_pretrained
 from estimator.errors import InputError
+from estimator.model.catalog import resolve_model
 from harness.cache import cache_directory, make_directory_once
 from harness.samples import Source, find_source, read_documents
 from harness.tokenizer import text_tokenizer, tokenizer_identity

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from estimator.cost import RunRequest
 from estimator.errors import DoesNotFitError
 from estimator.estimate import estimate
 from estimator.result import Estimate
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 from estimator.units import GB, GIB
 from harness.plan import Schedule, TrainPlan
@@ -18,7 +18,7 @@ from profiler.device import LocalDevice
 from profiler.disk import checkpoint_size
 
 if TYPE_CHECKING:
-    from estimator.calibration import Calibration
+    from estimator.calibration.fitting import Calibration
 
 
 def forecast(

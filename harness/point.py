@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from estimator.catalog import resolve_model
-from estimator.compute import step_work
 from estimator.errors import InputError
 from estimator.hardware import CPU, find_accelerator, is_cpu
 from estimator.measured import MeasuredRun
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
+from estimator.speed.compute import step_work
 from harness.point_steps import TRACED_STEPS, Watch, build_for, point_meter, train_point
 from harness.samples import find_source
 from profiler.device import LocalDevice, usable_cores
@@ -55,7 +55,7 @@ class Procedure:
 
 def local_setup(setup: Setup, device: LocalDevice) -> Setup:
     """The setup as this device runs it, every default written out. Raises InputError for what no step here executes."""
-    from estimator.build import check_buildable
+    from estimator.building.model import check_buildable
 
     if setup.accelerator is not None and _canonical(setup.accelerator) != device.name:
         raise InputError(
@@ -121,7 +121,7 @@ def check_points(setups: Sequence[Setup], procedure: Procedure) -> None:
     """
     import torch
 
-    from estimator.build import build_model, is_pretrained
+    from estimator.building.model import build_model, is_pretrained
     from harness.data import load_tokens
     from harness.torch_loop import check_loop
     from harness.trainer import training_arguments

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_estimate
+from estimator.memory.checkpoint import checkpoint_estimate
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 from profiler.device import LocalDevice
 from profiler.disk import checkpoint_size
@@ -68,13 +68,13 @@ class Watch:
 
 def build_for(setup: Setup, device: LocalDevice) -> torch.nn.Module:
     """On a GPU random weights are drawn there, by ``_start``; DoRA's adapters are computed from them as they are made."""
-    from estimator.build import build_model
+    from estimator.building.model import build_model
 
     return build_model(setup, drawn=not _draws_there(setup, device.kind))
 
 
 def _draws_there(setup: Setup, kind: str) -> bool:
-    from estimator.build import is_pretrained
+    from estimator.building.model import is_pretrained
 
     return kind == "cuda" and not is_pretrained(setup.model) and setup.method != "dora"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from estimator.errors import InputError, MissingError
-from estimator.hub import settle_for_the_cache_without_a_network
+from estimator.model.hub import settle_for_the_cache_without_a_network
 from harness.prompts import document
 from harness.stdlib_corpus import NAME as OFFLINE_NAME
 from harness.stdlib_corpus import corpus_path, stdlib_samples

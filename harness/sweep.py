@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from estimator.catalog import resolve_model
-from estimator.compute import step_work
 from estimator.errors import InputError, MissingError
 from estimator.measured import MeasuredRun
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
+from estimator.speed.compute import step_work
 from estimator.units import MIB
 from harness.fork_server import CallEndedError, ForkServer, Limits
 from harness.point import Procedure, check_points, local_setup, run_key, run_point, unfinished_run

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from estimator.build import is_pretrained
-from estimator.catalog import resolve_model
+from estimator.building.model import is_pretrained
 from estimator.errors import InputError, MissingError
+from estimator.model.catalog import resolve_model
 from harness.cache import cache_directory
 from harness.prompts import document
 from harness.stdlib_corpus import corpus_path, stdlib_samples

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.build import build_model, check_buildable, is_pretrained
-from estimator.catalog import resolve_model
+from estimator.building.model import build_model, check_buildable, is_pretrained
 from estimator.errors import DoesNotFitError, InputError
-from estimator.hub import settle_for_the_cache_without_a_network
+from estimator.model.catalog import resolve_model
+from estimator.model.hub import settle_for_the_cache_without_a_network
 from estimator.result import Estimate
 from estimator.setup import Setup
 from harness.checkpoints import checkpoints, discard, staging_directory
@@ -32,7 +32,7 @@ from profiler.device import LocalDevice, local_device
 from profiler.memory import MemoryMeter, MemoryPeaks
 
 if TYPE_CHECKING:
-    from estimator.calibration import Calibration
+    from estimator.calibration.fitting import Calibration
     from harness.fine_tune_trainer import FineTuneTrainer
 
 TRACED_STEPS = 2

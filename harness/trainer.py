@@ -33,7 +33,7 @@ def training_arguments(setup: Setup, *, output_dir: Path, **overrides: Any) -> T
     """Trainer's arguments for one device's share of ``setup``; ``overrides`` are TrainingArguments fields and win.
 
     Nothing is logged, evaluated, saved or reported unless an override asks for it. Checkpointing and the attention
-    implementation are the model's own (``estimator.build.build_model``). Raises InputError for what Trainer cannot do
+    implementation are the model's own (``estimator.building.model.build_model``). Raises InputError for what Trainer cannot do
     here, and MissingError for an optimizer whose package is not installed.
     """
     setup = setup.resolved()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from estimator.hardware import Accelerator
-from estimator.shape import ModelShape, active_parameters, count_parameters
+from estimator.model.shape import ModelShape, active_parameters, count_parameters
 from reports.scale import count_text, flops_text, memory_text
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from estimator.host_memory import HostMemory
+from estimator.memory.host import HostMemory
 from estimator.result import CheckpointEstimate, Estimate, FitEstimate, MemoryEstimate, Part, RunEstimate, TimeEstimate
 from estimator.units import Interval
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from estimator.calibration import Calibration, Coefficient, Law
+from estimator.calibration.fitting import Calibration, Coefficient, Law
 from reports import scale
 from reports.runs import printable
 from reports.series import QUANTITIES

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from estimator.calibration import Calibration
+from estimator.calibration.fitting import Calibration
 from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.setup import Setup

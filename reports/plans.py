@@ -13,10 +13,10 @@ from reports.screen import Screen
 from reports.terminal import describe_method, describe_setup
 
 if TYPE_CHECKING:
-    from estimator.cost import RunRequest
     from estimator.planning.largest import Largest
     from estimator.planning.search import Limits, Plans
     from estimator.result import Estimate
+    from estimator.run.cost import RunRequest
     from estimator.setup import Setup
 
 SCHEMA = "vramcalc/plan/1"

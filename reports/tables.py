@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from estimator.calibration import Calibration, Coefficient
+from estimator.calibration.fitting import Calibration, Coefficient
 from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.units import Interval

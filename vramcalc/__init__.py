@@ -9,31 +9,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from estimator.calibration import Calibration
-    from estimator.calibration_file import read_calibration
-    from estimator.cost import RunRequest
+    from estimator.calibration.file import read_calibration
+    from estimator.calibration.fitting import Calibration
+    from estimator.calibration.laws import fit
     from estimator.errors import DoesNotFitError, InputError, MissingError
     from estimator.estimate import estimate
-    from estimator.laws import fit
     from estimator.measured import MeasuredRun
     from estimator.result import Estimate
+    from estimator.run.cost import RunRequest
     from estimator.setup import Setup
     from estimator.units import Interval
     from profiler.store import read_table
 
 _HOMES = {
-    "Calibration": "estimator.calibration",
+    "Calibration": "estimator.calibration.fitting",
     "DoesNotFitError": "estimator.errors",
     "Estimate": "estimator.result",
     "InputError": "estimator.errors",
     "Interval": "estimator.units",
     "MeasuredRun": "estimator.measured",
     "MissingError": "estimator.errors",
-    "RunRequest": "estimator.cost",
+    "RunRequest": "estimator.run.cost",
     "Setup": "estimator.setup",
     "estimate": "estimator.estimate",
-    "fit": "estimator.laws",
-    "read_calibration": "estimator.calibration_file",
+    "fit": "estimator.calibration.laws",
+    "read_calibration": "estimator.calibration.file",
     "read_table": "profiler.store",
 }
 

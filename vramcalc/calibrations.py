@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from estimator.setup import Setup
 
 if TYPE_CHECKING:
-    from estimator.calibration import Calibration
+    from estimator.calibration.fitting import Calibration
 
 
 def find_calibration(given: Path | None, setup: Setup) -> tuple[Calibration | None, str | None, Setup]:
@@ -21,15 +21,15 @@ def find_calibration(given: Path | None, setup: Setup) -> tuple[Calibration | No
         return _named(given, setup)
     if setup.accelerator is None:
         return None, None, setup
-    from estimator.calibration_file import default_path, read_calibration
+    from estimator.calibration.file import default_path, read_calibration
 
     path = default_path(setup.accelerator)
     return (read_calibration(path), str(path), setup) if path.exists() else (None, None, setup)
 
 
 def _named(path: Path, setup: Setup) -> tuple[Calibration, str, Setup]:
-    from estimator.calibration import matches
-    from estimator.calibration_file import read_calibration
+    from estimator.calibration.file import read_calibration
+    from estimator.calibration.fitting import matches
     from estimator.errors import InputError
 
     laws = read_calibration(path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from estimator.build import check_step
-from estimator.catalog import resolve_model
+from estimator.building.model import check_step
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 _COMPILED = {

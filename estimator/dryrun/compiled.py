@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from estimator.dryrun.private_api import reparametrized, trace_and_partition, without_innermost_mode
 from estimator.errors import InputError
-from estimator.selective import policy
+from estimator.memory.selective import policy
 from estimator.setup import Setup
 
 _aten = torch.ops.aten

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from estimator.build import build_empty_model
+from estimator.building.model import build_empty_model
 from estimator.errors import InputError, MissingError
+from estimator.model.shape import ModelShape, count_parameters
 from estimator.setup import Setup
-from estimator.shape import ModelShape, count_parameters
 
 
 def counted_shape(shape: ModelShape) -> ModelShape:

@@ -7,11 +7,11 @@ stay. Of 25 MiB each, the first of 1 MiB, in the order of the gradients; written
 
 from __future__ import annotations
 
-from estimator.build import decoder_layers
-from estimator.catalog import resolve_model
+from estimator.building.model import decoder_layers
 from estimator.dryrun.events import Storage
 from estimator.dryrun.steps import Loop
-from estimator.shape import count_parameters
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 
 _BROADCAST_BYTES = 250 * 2**20
 """``broadcast_bucket_size``: what the first rank sends of its weights at once, two at a time."""

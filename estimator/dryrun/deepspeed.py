@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers
-from estimator.catalog import resolve_model, rotary_positions
+from estimator.building.model import decoder_layers
 from estimator.dryrun.deepspeed_gather import Gatherer
 from estimator.dryrun.events import Storage
 from estimator.dryrun.steps import Loop
 from estimator.dryrun.tracker import Tracker
+from estimator.model.catalog import resolve_model, rotary_positions
 from estimator.setup import Setup
 
 BUCKET = 500_000_000

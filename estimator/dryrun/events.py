@@ -16,7 +16,7 @@ class Storage:
 
     bytes: int
     category: str
-    """One of ``estimator.memory.PART_NAMES``."""
+    """One of ``estimator.memory.formula.PART_NAMES``."""
     layer: int | None
     """The decoder layer that it was allocated for; ``None`` outside them."""
     holder: str

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers
+from estimator.building.model import decoder_layers
 from estimator.dryrun.compiled import gradients_at_the_end
 from estimator.dryrun.optimizers import build_optimizer
 from estimator.dryrun.private_api import run_backward

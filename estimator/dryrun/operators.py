@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from estimator.compute import narrowness
 from estimator.dryrun.private_api import TorchDispatchMode, executing_node, next_sequence_number
 from estimator.dryrun.tracker import Tracker
 from estimator.dryrun.work import KINDS, OperatorWork
+from estimator.speed.compute import narrowness
 
 _aten = torch.ops.aten
 _BATCHED = frozenset({_aten.bmm, _aten.baddbmm})

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers
-from estimator.galore import RANK
+from estimator.building.model import decoder_layers
+from estimator.memory.galore import RANK
 from estimator.setup import Setup
 
 _EIGHT_BIT_FROM, _PAGED_FROM, _BLOCK, _TABLE = 4096, 1e5, 256, 256
@@ -88,7 +88,7 @@ def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class GaloreAdamW(torch.optim.Optimizer):
-    """``galore_torch.GaLoreAdamW`` by its allocations (``estimator.galore``); projections are renewed in every step, as they are
+    """``galore_torch.GaLoreAdamW`` by its allocations (``estimator.memory.galore``); projections are renewed in every step, as they are
     in the 200th, when all states exist. Gradients are [rows, columns]; the shorter side is projected."""
 
     def __init__(self, trained: list[torch.nn.Parameter], *, projected: Sequence[torch.Tensor]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
+from estimator.memory.states import trainable_parameters
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
-from estimator.states import trainable_parameters
 
 _FRAMEWORKS = ("hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan")
 """torchtitan: its step, sharding and compilation of each layer, around transformers' model of the same shape."""

@@ -51,7 +51,7 @@ class DryRun:
     """The allocator's segments: ``torch.cuda.max_memory_reserved``."""
     peak_phase: str
     categories_bytes: tuple[tuple[str, int], ...]
-    """At the peak of ``allocated``, by the names of ``estimator.memory.PART_NAMES``; their sum is the peak."""
+    """At the peak of ``allocated``, by the names of ``estimator.memory.formula.PART_NAMES``; their sum is the peak."""
     phases: tuple[DryPhase, ...]
     """In the order in which they first ran."""
     holders: tuple[DryHolder, ...]

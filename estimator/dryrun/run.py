@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from estimator.catalog import resolve_model
 from estimator.conventions import conventions
 from estimator.dryrun.checks import check_activations
 from estimator.dryrun.libraries import check_libraries
@@ -17,6 +16,7 @@ from estimator.dryrun.parallel import check_parallel, same_in_depth
 from estimator.dryrun.result import DryRun
 from estimator.errors import InputError, MissingError
 from estimator.hardware import is_cpu
+from estimator.model.catalog import resolve_model
 from estimator.setup import LOSSES, OPTIMIZERS, QUANTIZATIONS, Setup
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers, weight_dtype
+from estimator.building.model import decoder_layers, weight_dtype
 from estimator.conventions import shards_flat
 from estimator.dryrun import private_fsdp
 from estimator.dryrun.host_shards import shards_on_host
@@ -23,7 +23,7 @@ from estimator.dryrun.private_api import replaced
 from estimator.dryrun.returned_inputs import keep_inputs
 from estimator.dryrun.tensor_parallel import parallelize, split_loss
 from estimator.dryrun.tracker import Tracker
-from estimator.flat_parameters import keeps_layer_inputs
+from estimator.memory.flat_parameters import keeps_layer_inputs
 from estimator.setup import Setup
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from estimator.activations import builds_mask
-from estimator.build import build_empty_model, decoder_layers, model_config, weight_dtype
+from estimator.building.model import build_empty_model, decoder_layers, model_config, weight_dtype
 from estimator.dryrun.compiled import compile_layers
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
@@ -23,8 +22,9 @@ from estimator.dryrun.offload import offload_activations
 from estimator.dryrun.private_api import fake_mode, replaced
 from estimator.dryrun.tracker import Tracker
 from estimator.hardware import is_cpu, workspace_bytes
+from estimator.memory.activations import builds_mask
+from estimator.memory.states import keeps_master_weights
 from estimator.setup import Setup
-from estimator.states import keeps_master_weights
 
 __all__ = ["Loop", "depth", "record"]
 

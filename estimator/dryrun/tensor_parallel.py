@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from estimator.build import decoder_layers
+from estimator.building.model import decoder_layers
 
 
 def parallelize(model: Any, mesh: Any, *, tokens: int) -> None:

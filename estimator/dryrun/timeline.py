@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from estimator.dryrun.events import BIRTH, PHASE, Stream
 from estimator.dryrun.result import DryHolder, TimelinePoint
-from estimator.memory import PART_NAMES
+from estimator.memory.formula import PART_NAMES
 
 LOSS_PHASES = {"forward": "loss", "evaluation": "loss of evaluation"}
 """What a pass is called from its first logits on."""

@@ -11,10 +11,10 @@ import dataclasses
 import functools
 from dataclasses import dataclass, fields
 
-from estimator.catalog import resolve_model
-from estimator.compute import StepWork, step_work
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import ModelShape
 from estimator.setup import Setup
-from estimator.shape import ModelShape
+from estimator.speed.compute import StepWork, step_work
 
 _REFERENCE = "llama-3.2-1b"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from estimator.catalog import resolve_model
 from estimator.grid import grid_device_bytes, setup_grid
 from estimator.hardware import find_accelerator
+from estimator.model.catalog import resolve_model
 from estimator.planning.layouts import layouts
 from estimator.planning.space import Space
 from estimator.setup import Setup

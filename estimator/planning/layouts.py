@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from estimator.grid import setup_grid
+from estimator.model.shape import ModelShape
 from estimator.planning.space import Space
 from estimator.possible import possible
 from estimator.setup import Setup
-from estimator.shape import ModelShape
 
 Columns = dict[str, Any]
 """Integer arrays of one length, by the names of settings."""

@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_estimate
-from estimator.compute import step_work
-from estimator.cost import RunRequest, run_clock_of
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.grid import SetupGrid, grid_device_bytes, setup_grid
 from estimator.hardware import find_accelerator
+from estimator.memory.checkpoint import checkpoint_estimate
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import ModelShape
 from estimator.planning.layouts import candidates
 from estimator.planning.space import Space
-from estimator.prices import choose_price
 from estimator.result import Estimate
+from estimator.run.cost import RunRequest, run_clock_of
+from estimator.run.prices import choose_price
 from estimator.setup import Setup
-from estimator.shape import ModelShape
-from estimator.step_law import formula_seconds
+from estimator.speed.compute import step_work
+from estimator.speed.step_law import formula_seconds
 from estimator.units import Interval
 
 if TYPE_CHECKING:

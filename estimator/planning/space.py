@@ -10,7 +10,7 @@ from typing import Any
 
 from estimator.errors import InputError
 from estimator.hardware import accelerators, find_accelerator
-from estimator.prices import catalog_price
+from estimator.run.prices import catalog_price
 from estimator.setup import Setup, check_value, convert
 
 MOST_ACCELERATORS = 512

@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks.fit_step_law import cross_validate, half_width
 from benchmarks.step_law_problem import NAMES, Problem, Row
-from estimator.catalog import resolve_model
-from estimator.compute import is_megatron, step_work
 from estimator.hardware import find_accelerator
 from estimator.measured import MeasuredRun
-from estimator.rates import rates
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
-from estimator.step_law import levels
+from estimator.speed.compute import is_megatron, step_work
+from estimator.speed.rates import rates
+from estimator.speed.step_law import levels
 
 
 def rows() -> list[Row]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from estimator.calibration_file import read_calibration
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_bytes
+from estimator.calibration.file import read_calibration
 from estimator.measured import MeasuredRun
-from estimator.memory import memory_phases
+from estimator.memory.checkpoint import checkpoint_bytes
+from estimator.memory.formula import memory_phases
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 from profiler.store import write_runs
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from estimator.calibration_file import write_calibration
+from estimator.calibration.file import write_calibration
+from estimator.calibration.laws import fit
 from estimator.estimate import estimate
-from estimator.laws import fit
 from estimator.measured import MeasuredRun
 from estimator.setup import Setup
 from profiler.store import write_runs

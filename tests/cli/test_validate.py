@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.memory import memory_phases
+from estimator.memory.formula import memory_phases
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 from estimator.validation import SKIP_REASONS
 

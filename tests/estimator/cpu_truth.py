@@ -14,7 +14,7 @@ def measured_peaks(setup: Setup, steps: int = 2) -> MemoryPeaks:
     import numpy as np
     import torch
 
-    from estimator.build import build_model
+    from estimator.building.model import build_model
     from harness.token_dataset import TokenDataset
     from harness.torch_loop import TorchLoop
     from harness.trainer import PhaseTrainer, training_arguments

@@ -44,7 +44,7 @@ def _run(setup: Setup) -> dict[str, int]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
 
-    from estimator.build import build_empty_model, build_model
+    from estimator.building.model import build_empty_model, build_model
     from estimator.dryrun.sharded import distribute
     from estimator.dryrun.tensor_parallel import split_loss
     from harness.token_dataset import TokenDataset

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.cost import RunRequest
 from estimator.errors import InputError
 from estimator.estimate import _fits_on, estimate
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
-from estimator.shape import count_parameters
 
 _BASE = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 7,
@@ -116,7 +116,7 @@ def test_tensors_beyond_63_bits_are_one_line() -> None:
 def test_a_model_that_sees_is_cut_in_the_depth_of_its_text_model() -> None:
     from transformers import Gemma3Config
 
-    from estimator.build import cut_depth
+    from estimator.building.model import cut_depth
 
     config = Gemma3Config(text_config={"num_hidden_layers": 7})
     cut_depth(config, 5)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from estimator.cost import RunRequest
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.result import BudgetEstimate
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 
 SETUP = Setup(model="llama-3.2-1b", batch=4, accelerator="H100-SXM-80GB", accelerators=8)

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimator.calibration import (
+from estimator.calibration.file import (
+    check_writable,
+    default_path,
+    read_calibration,
+    saved_for,
+    to_document,
+    write_calibration,
+)
+from estimator.calibration.fitting import (
     Calibration,
     Coefficient,
     Dropped,
@@ -31,20 +39,12 @@ from estimator.calibration import (
     matches,
     seconds_by_term,
 )
-from estimator.calibration_file import (
-    check_writable,
-    default_path,
-    read_calibration,
-    saved_for,
-    to_document,
-    write_calibration,
-)
-from estimator.compute import StepWork
 from estimator.errors import InputError
-from estimator.memory import PhaseMemory
+from estimator.memory.formula import PhaseMemory
 from estimator.result import Part
 from estimator.score import Score
 from estimator.setup import Setup
+from estimator.speed.compute import StepWork
 from estimator.units import Interval
 
 
@@ -314,7 +314,7 @@ def test_an_accelerator_matches_under_any_of_its_names() -> None:
 
 def test_applying_laws_needs_neither_numpy_nor_scipy() -> None:
     code = (
-        "import sys, estimator.calibration_file, estimator.validation; "
+        "import sys, estimator.calibration.file, estimator.validation; "
         "heavy = {'numpy', 'scipy', 'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

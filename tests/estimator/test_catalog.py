@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from estimator.build import model_config
-from estimator.catalog import built_in_names, infer_shape, model_names, resolve_model, transformers_class
-from estimator.checkpoint import weight_tensors
+from estimator.building.model import model_config
 from estimator.errors import InputError
+from estimator.memory.checkpoint import weight_tensors
+from estimator.model.catalog import built_in_names, infer_shape, model_names, resolve_model, transformers_class
+from estimator.model.shape import active_parameters, count_parameters, lora_parameters
 from estimator.setup import Setup
-from estimator.shape import active_parameters, count_parameters, lora_parameters
 
 # One of every family that transformers builds, and the mixtures of experts.
 BUILT = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from estimator.catalog import read_data
 from estimator.chart import DEFAULT_MODELS, make_chart
 from estimator.errors import InputError
 from estimator.estimate import estimate
+from estimator.model.catalog import read_data
 from estimator.published_chart import editions, published_chart
 from estimator.setup import Setup
 

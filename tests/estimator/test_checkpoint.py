@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_bytes, checkpoint_estimate
+from estimator.memory.checkpoint import checkpoint_bytes, checkpoint_estimate
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 
@@ -16,7 +16,7 @@ def written(setup: Setup, directory: Path) -> tuple[int, int]:
     """(model, optimizer) bytes that ``save_pretrained`` and ``torch.save`` write after one real step."""
     import torch
 
-    from estimator.build import build_model
+    from estimator.building.model import build_model
 
     model: Any = build_model(setup)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from estimator.build import build_model
-from estimator.catalog import resolve_model
-from estimator.compute import model_flops_per_token, step_work
+from estimator.building.model import build_model
 from estimator.hardware import accelerators, find_accelerator
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
-from estimator.step_law import formula_seconds
+from estimator.speed.compute import model_flops_per_token, step_work
+from estimator.speed.step_law import formula_seconds
 
 
 def work(setup: Setup) -> Any:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estimator.cost import RunRequest
 from estimator.errors import InputError
 from estimator.estimate import estimate
-from estimator.prices import catalog_price
+from estimator.run.cost import RunRequest
+from estimator.run.prices import catalog_price
 from estimator.setup import Setup
 
 H100 = {"accelerator": "H100-SXM-80GB"}

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.estimate import estimate
 from estimator.measured import from_row
-from estimator.memory import peak_and_segment_bytes, peak_bytes
+from estimator.memory.formula import peak_and_segment_bytes, peak_bytes
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 GIB = 2**30

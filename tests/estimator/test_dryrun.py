@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from estimator.cost import RunRequest
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.measured import MeasuredRun, from_row
-from estimator.memory import PART_NAMES
+from estimator.memory.formula import PART_NAMES
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from estimator.build import build_model
-from estimator.catalog import resolve_model
+from estimator.building.model import build_model
 from estimator.dryrun.result import DryRun
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -165,7 +165,7 @@ def test_bytes_per_logit_are_what_the_packages_code_keeps(
 
 def test_the_fused_linear_loss_makes_as_many_logits_at_once_as_ligers_comment_says() -> None:
     # liger_kernel/ops/fused_linear_cross_entropy.py: "BT = 4096*4, V = 32000, H = 4096 ==> inc_factor = 8, chunk_size = 2048".
-    from estimator.losses import rows_at_once
+    from estimator.memory.losses import rows_at_once
 
     assert rows_at_once(4096 * 4, 32000, 4096) == 2048
     assert rows_at_once(7, 100, 100) == 7  # never more than there are
@@ -229,7 +229,7 @@ def _offloaded(setup: Setup) -> Any:
     import torch
     from torch.autograd.graph import saved_tensors_hooks
 
-    from estimator.build import decoder_layers
+    from estimator.building.model import decoder_layers
     from harness.token_dataset import TokenDataset
     from harness.torch_loop import TorchLoop
     from profiler.cpu_memory import CpuMemoryMeter

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from estimator.build import check_buildable
-from estimator.catalog import resolve_model
+from estimator.building.model import check_buildable
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError
 from estimator.estimate import estimate
-from estimator.galore import RANK
+from estimator.memory.galore import RANK
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -145,7 +145,7 @@ def test_parameters_of_further_families_are_transformers_count(changes: dict[str
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from estimator.shape import count_parameters
+    from estimator.model.shape import count_parameters
 
     kept = {
         key: value for key, value in _MIXTURE.items() if changes["model_type"] == "llama4_text" or "expert" not in key

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.build import build_empty_model
+from estimator.building.model import build_empty_model
 from estimator.dryrun.optimizers import BitsAndBytesAdamW
 from estimator.dryrun.quantized import GptqLinear, Int8Linear, Nf4Linear
 from estimator.dryrun.result import DryRun

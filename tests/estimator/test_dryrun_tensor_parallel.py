@@ -137,7 +137,7 @@ def _compare(name: str, mesh: Any) -> dict[str, float]:
     """The relative error of the loss and of every gradient."""
     import torch
 
-    from estimator.build import build_model
+    from estimator.building.model import build_model
     from estimator.dryrun.tensor_parallel import parallelize, split_loss
 
     model: Any = build_model(Setup(model=name, precision="fp32", accelerator="cpu", framework="torch-loop").resolved())

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.dryrun.events import Storage, Stream
 from estimator.dryrun.result import DryRun
 from estimator.dryrun.timeline import step_around, timeline
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 pytest.importorskip("torch")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from estimator.build import build_model
+from estimator.building.model import build_model
 from estimator.dryrun.result import DryRun
 from estimator.dryrun.run import dry_run
 from estimator.setup import Setup

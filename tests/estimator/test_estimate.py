@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from estimator.cost import RunRequest
 from estimator.errors import DoesNotFitError, InputError
 from estimator.estimate import estimate, refuse_what_does_not_fit
 from estimator.result import Estimate
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 from estimator.units import GIB, Interval, parse_bytes, parse_count
 

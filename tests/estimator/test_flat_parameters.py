@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.flat_parameters import keeps_layer_inputs
 from estimator.measured import from_row
-from estimator.memory import memory_phases, peak_bytes
+from estimator.memory.flat_parameters import keeps_layer_inputs
+from estimator.memory.formula import memory_phases, peak_bytes
+from estimator.memory.states import placement, states
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
-from estimator.states import placement, states
 from estimator.units import GB, GIB
 
 PACKED = {

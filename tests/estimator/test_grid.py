@@ -8,10 +8,10 @@ import itertools
 import numpy
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.estimate import estimate
 from estimator.grid import grid_device_bytes, setup_grid
-from estimator.memory import memory_phases, peak_bytes, peak_phase
+from estimator.memory.formula import memory_phases, peak_bytes, peak_phase
+from estimator.model.catalog import resolve_model
 from estimator.possible import possible
 from estimator.setup import Setup
 

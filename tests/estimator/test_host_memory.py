@@ -1,12 +1,12 @@
-"""Host memory by rank, against what the frameworks' code holds (sources in ``estimator.host_memory``)."""
+"""Host memory by rank, against what the frameworks' code holds (sources in ``estimator.memory.host``)."""
 
 from __future__ import annotations
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.estimate import estimate
-from estimator.host_memory import HostMemory, host_memory
+from estimator.memory.host import HostMemory, host_memory
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 SHAPE = resolve_model("llama-3.1-8b")

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from estimator.calibration import apply_checkpoint, apply_device, apply_memory, apply_time
-from estimator.calibration_file import read_calibration, write_calibration
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_bytes
-from estimator.compute import step_work
+from estimator.calibration.file import read_calibration, write_calibration
+from estimator.calibration.fitting import apply_checkpoint, apply_device, apply_memory, apply_time
+from estimator.calibration.laws import QUANTITIES, device_name, fit
 from estimator.errors import InputError
-from estimator.laws import QUANTITIES, device_name, fit
 from estimator.measured import MeasuredRun
-from estimator.memory import memory_phases
+from estimator.memory.checkpoint import checkpoint_bytes
+from estimator.memory.formula import memory_phases
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
+from estimator.speed.compute import step_work
 
 DRAWS = 20
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from estimator.calibration import FLOP_TERMS, OTHER_TERMS, interval_of
-from estimator.law_fitting import Form, S, fit_law, split_off_largest
-from estimator.linear_law import LinearForm, LinearSample
-from estimator.memory_law import MemoryForm, MemorySample
-from estimator.time_law import TimeForm, TimeSample, doubt_of_median
+from estimator.calibration.fitting import FLOP_TERMS, OTHER_TERMS, interval_of
+from estimator.calibration.law_fitting import Form, S, fit_law, split_off_largest
+from estimator.calibration.linear_law import LinearForm, LinearSample
+from estimator.calibration.memory_law import MemoryForm, MemorySample
+from estimator.calibration.time_law import TimeForm, TimeSample, doubt_of_median
 
 # (name, layers, hidden): three sizes that a sweep on a laptop has, and one three times larger.
 SIZES = (("nano", 4, 96), ("micro", 4, 256), ("mini", 6, 512))

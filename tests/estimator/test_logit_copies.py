@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.dryrun.run import dry_run
 from estimator.measured import from_row
-from estimator.memory import peak_bytes
+from estimator.memory.formula import peak_bytes
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 # Long and narrow: the logits are the peak.

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estimator.catalog import model_names, resolve_model
 from estimator.measured import MeasuredRun, from_row
-from estimator.memory import PART_NAMES, memory_phases, peak_phase
+from estimator.memory.formula import PART_NAMES, memory_phases, peak_phase
+from estimator.model.catalog import model_names, resolve_model
 from estimator.setup import LOSSES, OPTIMIZERS, PRECISIONS, Setup
 
 DATA = Path(__file__).parent.parent / "data"
@@ -32,7 +32,7 @@ def measured_peak(setup: Setup, directory: Path) -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from estimator.build import build_model
+    from estimator.building.model import build_model
 
     torch.manual_seed(0)
     model: Any = build_model(setup)

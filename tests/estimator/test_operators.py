@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.compute import StepWork, step_work
 from estimator.dryrun.work import operator_step_work
 from estimator.estimate import estimate
 from estimator.hardware import find_accelerator
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
-from estimator.step_law import formula_seconds
+from estimator.speed.compute import StepWork, step_work
+from estimator.speed.step_law import formula_seconds
 
 FLOPS = ("matmul_flops", "expert_flops", "attention_flops", "kernel_attention_flops", "model_flops")
 

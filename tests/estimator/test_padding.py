@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.dryrun.run import dry_run
 from estimator.estimate import estimate
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,14 +7,14 @@ import itertools
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.cost import RunRequest
 from estimator.errors import InputError
 from estimator.estimate import estimate
+from estimator.model.catalog import resolve_model
 from estimator.planning.largest import largest
 from estimator.planning.layouts import candidates
 from estimator.planning.search import Limits, plan
 from estimator.planning.space import Space
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 from estimator.units import GIB
 

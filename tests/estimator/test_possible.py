@@ -7,10 +7,10 @@ import dataclasses
 import numpy
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.grid import setup_grid
+from estimator.model.catalog import resolve_model
 from estimator.possible import possible
 from estimator.setup import Setup
 

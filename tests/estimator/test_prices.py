@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from estimator.catalog import read_data
 from estimator.errors import InputError
-from estimator.prices import catalog_price, choose_price
+from estimator.model.catalog import read_data
+from estimator.run.prices import catalog_price, choose_price
 
 
 def test_a_provider_and_spot_narrow_the_offers_down() -> None:

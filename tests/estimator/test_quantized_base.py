@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.build import build_model
+from estimator.building.model import build_model
+from estimator.building.quantized_base import linear_layers, quantize_base
 from estimator.errors import MissingError
-from estimator.quantized_base import linear_layers, quantize_base
 from estimator.setup import Setup
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from estimator.cost import RunRequest
 from estimator.estimate import estimate
 from estimator.remedies import Remedy
 from estimator.result import Estimate
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 
 TOO_LARGE: list[dict[str, Any]] = [

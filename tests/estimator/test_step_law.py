@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.compute import step_work
-from estimator.cost import RunRequest
 from estimator.estimate import estimate
 from estimator.grid import setup_grid
 from estimator.hardware import accelerators, find_accelerator
-from estimator.rates import rates
+from estimator.model.catalog import resolve_model
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
-from estimator.step_law import COEFFICIENTS, fitted_law, formula_seconds, levels, multipliers, step_interval
+from estimator.speed.compute import step_work
+from estimator.speed.rates import rates
+from estimator.speed.step_law import COEFFICIENTS, fitted_law, formula_seconds, levels, multipliers, step_interval
 
 MODELS = ("qwen2.5-0.5b", "llama-3.1-8b", "mixtral-8x7b", "gpt-oss-120b")
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_estimate
+from estimator.memory.checkpoint import checkpoint_estimate
+from estimator.model.catalog import resolve_model
+from estimator.run.wall_time import Cadence, RunClock, forward_share, optimal_steps, run_clock
 from estimator.setup import Setup
 from estimator.units import Interval
-from estimator.wall_time import Cadence, RunClock, forward_share, optimal_steps, run_clock
 
 ONCE = Cadence(epochs=1.0, save_every_steps=None, eval_every_steps=None, eval_samples=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from estimator.catalog import read_data
+from estimator.model.catalog import read_data
 from estimator.units import Interval
 from estimator.whole_runs import WholeRunScore, score_whole_runs, skipped_runs, whole_runs
 

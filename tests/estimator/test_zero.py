@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from estimator.catalog import resolve_model
 from estimator.dryrun.run import dry_run
-from estimator.memory import memory_phases, peak_phase
+from estimator.memory.formula import memory_phases, peak_phase
+from estimator.model.catalog import resolve_model
+from estimator.model.shape import count_parameters
 from estimator.setup import Setup
-from estimator.shape import count_parameters
 
 GPU = {"framework": "hf-trainer+deepspeed", "accelerator": "RTX-3090", "precision": "fp16-mixed"}
 

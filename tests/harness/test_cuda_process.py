@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.build import build_model
+from estimator.building.model import build_model
 from estimator.setup import Setup
 from harness.cuda_process import (
     allocator_settings,

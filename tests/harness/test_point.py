@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from estimator.build import build_model
-from estimator.catalog import resolve_model
-from estimator.checkpoint import checkpoint_estimate
+from estimator.building.model import build_model
 from estimator.errors import InputError, MissingError
 from estimator.measured import MEASUREMENTS, MeasuredRun
+from estimator.memory.checkpoint import checkpoint_estimate
+from estimator.model.catalog import resolve_model
 from estimator.setup import Setup
 from harness.fork_server import CallEndedError, ForkServer, Limits
 from harness.point import Procedure, check_points, local_setup, run_key, run_point, unfinished_run

@@ -35,14 +35,14 @@ def test_any_text_survives_being_tokenized(cache: Path, text: str) -> None:
 
 
 def test_the_vocabulary_has_exactly_the_size_of_the_built_in_models(cache: Path) -> None:
-    from estimator.catalog import built_in_names, resolve_model
+    from estimator.model.catalog import built_in_names, resolve_model
 
     assert offline_tokenizer(cache).get_vocab_size() == VOCABULARY
     assert {resolve_model(name).vocab for name in built_in_names()} == {VOCABULARY}
 
 
 def test_every_catalog_model_has_room_for_its_ids() -> None:
-    from estimator.catalog import model_names, resolve_model
+    from estimator.model.catalog import model_names, resolve_model
 
     assert min(resolve_model(name).vocab for name in model_names()) >= VOCABULARY
 

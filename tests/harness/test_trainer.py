@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import Trainer
 
-from estimator.build import build_model
+from estimator.building.model import build_model
 from estimator.errors import InputError, MissingError
 from estimator.setup import Setup
 from harness.data import load_tokens

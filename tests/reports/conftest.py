@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from estimator.calibration import Calibration, Coefficient, Dropped, HeldOut, Law, Range
+from estimator.calibration.fitting import Calibration, Coefficient, Dropped, HeldOut, Law, Range
 from estimator.measured import MeasuredRun
 from estimator.result import (
     CheckpointEstimate,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reports.html
-from estimator.calibration import Calibration
+from estimator.calibration.fitting import Calibration
 from estimator.errors import InputError
 from estimator.measured import MEASUREMENTS, MeasuredRun
 from estimator.result import Estimate

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from estimator.calibration import Calibration
+from estimator.calibration.fitting import Calibration
 from estimator.measured import MeasuredRun
 from estimator.result import Estimate
 from estimator.setup import Setup

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from estimator.cost import RunRequest
 from estimator.estimate import estimate
 from estimator.result import Estimate
+from estimator.run.cost import RunRequest
 from estimator.setup import Setup
 from reports.document import estimate_document, render_json
 from reports.screen import Screen

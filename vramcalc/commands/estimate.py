@@ -85,10 +85,10 @@ def estimate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON, in base units.")] = False,
 ) -> None:
     """Predict memory, time, checkpoints and cost of a fine-tune."""
-    from estimator.cost import RunRequest
     from estimator.errors import InputError
     from estimator.estimate import check_reserve
     from estimator.estimate import estimate as predict
+    from estimator.run.cost import RunRequest
     from estimator.units import parse_bytes, parse_count, parse_dollars
 
     if calibration is not None and no_calibration:
@@ -119,7 +119,7 @@ def estimate(
     if check and setup.accelerator is None and host_memory is None:
         raise InputError("check: there is nothing to check against; write --gpu NAME, or --host-memory BYTES")
     if timeline is not None:
-        from estimator.calibration_file import check_writable
+        from estimator.calibration.file import check_writable
 
         check_writable(timeline, "timeline")
     try:

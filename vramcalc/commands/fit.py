@@ -29,8 +29,8 @@ def fit(
     json_output: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
 ) -> None:
     """Fit the laws of one device - memory, step time, checkpoints - to measured runs."""
-    from estimator import laws
-    from estimator.calibration_file import check_writable, default_path, to_document, write_calibration
+    from estimator.calibration import laws
+    from estimator.calibration.file import check_writable, default_path, to_document, write_calibration
     from profiler.stated import read_sized_table
 
     if out is not None:

@@ -9,8 +9,8 @@ import typer
 
 def models(json_output: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
     """List the models of the catalog and the accelerators."""
-    from estimator.catalog import model_names, resolve_model
     from estimator.hardware import accelerators
+    from estimator.model.catalog import model_names, resolve_model
     from reports.catalog import catalog_document, print_catalog
 
     shapes = [resolve_model(name) for name in model_names()]

@@ -64,12 +64,12 @@ def plan(
     accumulation, checkpointing. What changes the result of the training (method, precision, optimizer) is searched only
     where several values are given: --method full,lora,qlora.
     """
-    from estimator.cost import RunRequest
     from estimator.errors import DoesNotFitError, InputError
     from estimator.planning.largest import largest
     from estimator.planning.search import Limits
     from estimator.planning.search import plan as search
     from estimator.planning.space import MOST_ACCELERATORS, Space
+    from estimator.run.cost import RunRequest
     from estimator.units import parse_bytes, parse_count, parse_hours
 
     space = Space.of(

@@ -29,8 +29,8 @@ def report(
     import datetime
     import functools
 
-    from estimator.calibration import matches
-    from estimator.calibration_file import check_writable, read_calibration
+    from estimator.calibration.file import check_writable, read_calibration
+    from estimator.calibration.fitting import matches
     from estimator.errors import InputError
     from estimator.estimate import estimate
     from estimator.measured import MeasuredRun

@@ -23,7 +23,7 @@ def validate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the document vramcalc/validate/1.")] = False,
 ) -> None:
     """Predict every row of a table of measured runs, and score the predictions."""
-    from estimator.calibration_file import read_calibration
+    from estimator.calibration.file import read_calibration
     from estimator.estimate import estimate
     from estimator.validation import refuse_nothing_predicted, unreadable_row
     from estimator.validation import validate as score_rows

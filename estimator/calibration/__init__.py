@@ -1,0 +1,1 @@
+"""Scaling the formulas to a device from runs measured on it."""

@@ -1,0 +1,1 @@
+"""The memory formula, by what its modules know; ``formula`` is its entry."""

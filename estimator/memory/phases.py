@@ -1,0 +1,204 @@
+"""The moments of a step that can be its highest, phase by phase.
+
+Between the start and the end of backward the activations shrink while the gradients grow, both linearly in depth, so one of
+the ends is the peak.
+"""
+
+from __future__ import annotations
+
+from estimator.arrays import Number, either, maximum, minimum, where
+from estimator.conventions import conventions, shards_flat
+from estimator.hardware import is_cpu
+from estimator.memory import sharded_phases
+from estimator.memory.activations import layer_activations
+from estimator.memory.autocast import LOSS_CHUNKS, autocast_copies
+from estimator.memory.galore import step_bytes
+from estimator.memory.ledger import Ledger, Moment
+from estimator.memory.logits import compiles_loss
+from estimator.memory.states import keeps_master_weights
+
+PHASES = ("forward", "backward", "optimizer", "evaluation")
+_OWN_PRODUCTS = ("fused-linear", "cut-cross-entropy")
+"""Losses that multiply with the head themselves."""
+
+
+def moments(ledger: Ledger) -> tuple[Moment, ...]:
+    """In the order of the step, sharding's own after them."""
+    found = [forward(ledger), backward_start(ledger), backward_end(ledger), optimizer_step(ledger)]
+    if ledger.setup.loss == "chunked" and ledger.setup.method == "full" and ledger.setup.sharding == "none":
+        found.append(adding_chunks(ledger))
+    if ledger.setup.sharding == "fsdp":
+        found += sharded_phases.moments(ledger)
+    if ledger.setup.eval_batch is not None:
+        found.append(evaluation(ledger))
+    return tuple(found)
+
+
+def forward(ledger: Ledger) -> Moment:
+    """Its end: the loss, or the conversion of what the model returns, when autocast's cache is empty again."""
+    logits, tokens = ledger.logits, ledger.tokens
+    loss, copies = tokens * logits.forward, autocast_copies(ledger, "forward")
+    outputs, kept_copies = loss + tokens * logits.returned, autocast_copies(ledger, "backward")
+    returned = outputs + kept_copies > loss + copies
+    return ledger.moment(
+        "forward",
+        gradients=ledger.held_gradients,
+        activations=ledger.held.kept + ledger.head_inputs,
+        logits=where(returned, outputs, loss) + logits.head_gradients,
+        temporaries=where(returned, kept_copies, copies),
+    )
+
+
+def backward_start(ledger: Ledger) -> Moment:
+    """The softmax's backward, or that of the last layer (recomputed) with what the caller still holds of the logits."""
+    held, logits, tokens = ledger.held, ledger.logits, ledger.tokens
+    chain, outputs = tokens * logits.backward, tokens * logits.held
+    later, first = held.recomputed + held.transient, _head_gradient(ledger)
+    # What communication holds decides with them which is higher.
+    during, before = ledger.buffers.at("head"), ledger.buffers.at("loss")
+    layers_win = later + outputs + first + during > chain + ledger.head_inputs + before
+    return ledger.moment(
+        "backward",
+        gradients=ledger.held_gradients,
+        activations=held.kept + where(layers_win, later, ledger.head_inputs),
+        logits=where(layers_win, outputs, chain) + logits.head_gradients,
+        temporaries=where(layers_win, autocast_copies(ledger, "layers") + first, autocast_copies(ledger, "backward")),
+        communication=where(layers_win, during, before),
+    )
+
+
+def adding_chunks(ledger: Ledger) -> Moment:
+    """A chunked loss has a gradient of the head from every chunk: the first two are added into a third tensor, when two chunks'
+    log-softmaxes are gone."""
+    kept = ledger.size.compute if ledger.setup.compile else 4
+    left = ledger.tokens * ledger.shape.vocab * kept * (1 - 2 / LOSS_CHUNKS)
+    return ledger.moment(
+        "backward",
+        gradients=ledger.held_gradients,
+        activations=ledger.held.kept + ledger.head_inputs,
+        logits=left / ledger.setup.tensor_parallel,
+        temporaries=3 * ledger.size.compute * ledger.states.embedding + autocast_copies(ledger, "backward"),
+    )
+
+
+def _head_gradient(ledger: Ledger) -> Number:
+    """What the head's own backward left for the layers': a tied one's waits for the lookup, another is new where no earlier
+    micro-batch left one to add it to. Engines and FSDP2 reduce it at once, FSDP1 has it wait for the embedding's."""
+    setup, states = ledger.setup, ledger.states
+    if setup.method != "full" or setup.loss in _OWN_PRODUCTS or setup.sharding not in ("none", "fsdp"):
+        return 0.0
+    width = ledger.size.stream if setup.sharding == "fsdp" else states.gradient_width
+    if ledger.shape.tied_embeddings or shards_flat(setup):
+        return width * states.embedding
+    added = either(ledger.held_gradients > 0, setup.sharding == "fsdp")
+    return where(added, 0.0, width * states.embedding)
+
+
+def backward_end(ledger: Ledger) -> Moment:
+    """The first layer (its feed-forward, or its attention), or the sum of a table's gradients after it."""
+    setup, held, buffers = ledger.setup, ledger.held, ledger.buffers
+    layer, unmade = _first_layer(ledger)
+    layer = layer + held.returned
+    across = buffers.across_replicas()
+    during, table = buffers.at("backward") + across, _table_gradients(ledger)
+    reducing = buffers.reducing_table()
+    at_table = where(reducing > 0, reducing + across, during)
+    table_wins = table + at_table > layer + during - unmade
+    arriving = buffers.engine.arriving() if keeps_master_weights(setup) else 0.0
+    if setup.sharding == "zero1":  # it is filled when neither layer nor table is there any more
+        arriving = maximum(arriving - where(table_wins, table, layer), 0.0)
+    if compiles_loss(setup):  # all gradients come at once, and only then are added to earlier ones
+        arriving = arriving + where(ledger.held_gradients > 0, ledger.states.gradients, 0.0)
+    return ledger.moment(
+        "backward",
+        gradients=ledger.states.gradients + arriving - where(table_wins, 0.0, unmade),
+        activations=where(table_wins, 0.0, layer),
+        logits=ledger.tokens * ledger.logits.held,
+        temporaries=where(table_wins, table, 0.0),
+        communication=where(table_wins, at_table, during),
+    )
+
+
+def _first_layer(ledger: Ledger) -> tuple[Number, Number]:
+    """(activations, gradients that are not made yet) at the higher moment of the first layer's backward."""
+    held, shape, states = ledger.held, ledger.shape, ledger.states
+    in_feed_forward, in_attention = held.first_layer + held.in_feed_forward, held.first_layer + held.in_attention
+    if ledger.setup.sharding != "none" or ledger.setup.method not in ("full", "freeze"):
+        return maximum(in_feed_forward, in_attention), 0.0
+    tables = states.embedding if ledger.setup.method == "full" and not shape.tied_embeddings else 0.0
+    matrix = shape.hidden * shape.plain_ffn / ledger.setup.tensor_parallel
+    width = states.gradient_width
+    most = states.gradients - ledger.held_gradients
+    without_layer = minimum(width * (tables + states.largest_layer - matrix), most)
+    without_attention = minimum(width * (tables + states.largest_layer - shape.matrices * matrix), most)
+    attention_wins = in_attention - without_attention > in_feed_forward - without_layer
+    return (
+        where(attention_wins, in_attention, in_feed_forward),
+        where(attention_wins, without_attention, without_layer),
+    )
+
+
+def _table_gradients(ledger: Ledger) -> Number:
+    """A tied table's gradients come from the head and, last, from the lookup; autograd adds the two into a third tensor (in
+    place where a fresh one comes from autocast's cast, a chunked loss's sum, or with the forward pass), and that to what an earlier micro-batch left."""
+    setup, states = ledger.setup, ledger.states
+    if setup.method != "full" or not ledger.shape.tied_embeddings:
+        return 0.0
+    in_place = ledger.size.casts_weights or setup.loss in (*_OWN_PRODUCTS, "chunked")
+    copies = (1 if in_place else 2) + where(ledger.held_gradients > 0, 1, 0)
+    copies = copies + where(setup.tensor_parallel > 1, 2, 0)  # as in ``Buffers.reducing_table``
+    table = states.embedding * states.gradient_width * copies
+    return where(ledger.place.gathers, 0.0, table) if setup.sharding == "fsdp" else table
+
+
+def optimizer_step(ledger: Ledger) -> Moment:
+    gradients = ledger.states.gradients
+    if keeps_master_weights(ledger.setup):
+        gradients = ledger.buffers.engine.step_gradients()
+    return ledger.moment("optimizer", gradients=gradients, temporaries=optimizer_temporaries(ledger))
+
+
+def optimizer_temporaries(ledger: Ledger) -> Number:
+    """What the step takes beside gradients and states."""
+    setup, size = ledger.setup, ledger.size
+    if keeps_master_weights(setup):
+        return ledger.buffers.engine.step_temporaries()
+    trained, shards = ledger.states.trainable * size.trained, ledger.place.optimizer
+    if setup.optimizer == "adamw":
+        if conventions(setup).fused_optimizer:
+            return 0.0
+        if is_cpu(setup.accelerator):  # one tensor at a time: the square root and the scaled denominator
+            return 2 * minimum(_largest_trained(ledger), trained) / shards
+        return trained / shards  # foreach: the square roots of all second moments at once
+    if setup.optimizer == "galore":
+        return step_bytes(ledger.shape, size.trained, cuda=not is_cpu(setup.accelerator))
+    if setup.optimizer == "adafactor" and not setup.framework.startswith("hf-trainer"):
+        return minimum(_largest_trained(ledger), trained) / shards  # torch's: the update
+    if setup.optimizer == "adafactor":
+        # transformers': the update and what it is made from, fp32; of half parameters also their fp32 copy and the gradient's.
+        tensors = 2 * 4 if size.trained == 4 else 4 * 4
+        return tensors / size.trained * minimum(_largest_trained(ledger), trained) / shards
+    return 0.0
+
+
+def _largest_trained(ledger: Ledger) -> Number:
+    """Bytes of the largest trained tensor."""
+    shape, setup, width = ledger.shape, ledger.setup, ledger.size.trained
+    if setup.method in ("lora", "dora", "qlora"):
+        return width * (setup.lora_rank or 1) * max(shape.plain_ffn, shape.hidden)
+    matrix = max(shape.plain_ffn, shape.query_width) * shape.hidden
+    return width * (maximum(ledger.states.embedding, matrix) if setup.method == "full" else matrix)
+
+
+def evaluation(ledger: Ledger) -> Moment:
+    setup, shape = ledger.setup, ledger.shape
+    assert setup.eval_batch is not None
+    tokens = setup.eval_batch * setup.seq / setup.context_parallel
+    layer = layer_activations(shape, setup, moe=not shape.plain_layers)
+    return ledger.moment(
+        "evaluation",
+        gradients=ledger.states.gradients if setup.zero_grad == "zero" else 0.0,
+        activations=tokens * 2 * layer.layer_input,
+        logits=tokens * ledger.logits.evaluation,
+        temporaries=autocast_copies(ledger, "backward"),
+    )

@@ -1,0 +1,116 @@
+"""DeepSpeed's engine in bytes per device: buckets, gathered parameters, and what its step takes.
+
+Read off DeepSpeed 0.14 (``runtime/zero``) with its defaults; ``estimator.dryrun.deepspeed`` executes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from estimator.arrays import Number, either, maximum, minimum, where
+from estimator.memory.states import Placement, States
+from estimator.model.shape import ModelShape, count_parameters
+from estimator.setup import Setup
+
+# Elements: reduce_bucket_size; sub_group_size; stage3_max_live_parameters, and what flat buffers hold beside them.
+_BUCKET, _SUB_GROUP, _MAX_LIVE, _FETCHED_AHEAD = 5e8, 1e9, 1e9, 2.5e8
+_HALF, _FULL, _DOUBLE = 2, 4, 8
+# What expandable segments grow to over the tensors in them, and in stage 3 beside its streams (published reserved peaks).
+_GROWN, _GROWN_STREAMS = 1.05, 1.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Of one setup whose sharding is ZeRO."""
+
+    shape: ModelShape
+    setup: Setup
+    place: Placement
+    states: States
+
+    @property
+    def _partition(self) -> Number:
+        """This rank's trained parameters."""
+        return self.states.trainable / self.place.optimizer
+
+    def buffers(self, phase: str) -> Number:
+        """Communication buffers in ``forward``, at the ``loss``, in ``backward`` (``head``: at its start) and in ``optimizer``.
+
+        Stage 3 has its bucket from the start and copies what is in it when it is full; the others make theirs in backward.
+        Offloading, they also keep the largest gradient, where one at a time is added up on its way to the host.
+        """
+        bucket = _HALF * _BUCKET
+        if self.setup.sharding == "zero3":
+            copied = where(self.states.trainable > _BUCKET, bucket, 0.0) if phase in ("head", "backward") else 0.0
+            return bucket + copied + self._gathered(phase)
+        staged = _HALF * self.largest() if self.setup.offload else 0.0
+        return staged + (bucket if phase in ("loss", "head", "backward") else 0.0)
+
+    def largest(self) -> Number:
+        """Elements of the largest trained tensor."""
+        if self.setup.method in ("lora", "dora", "qlora"):
+            return (self.setup.lora_rank or 1) * max(self.shape.plain_ffn, self.shape.hidden)
+        matrix = self.shape.plain_ffn * self.shape.hidden
+        return maximum(self.states.embedding if self.setup.method == "full" else 0.0, matrix)
+
+    def _gathered(self, phase: str) -> Number:
+        """Several ranks gather module by module, and fetch ahead until so much is there; flat buffers add to it, of which
+        not all has been waited for. Of a smaller model there is what comes again within that distance."""
+        if phase == "optimizer":
+            return 0.0
+        most = _MAX_LIVE + _FETCHED_AHEAD
+        live = where(self.states.total > most, most, minimum(self.states.total, _MAX_LIVE))
+        return where(self.place.gathers, _HALF * live, 0.0)
+
+    def held_gradients(self) -> Number:
+        """While a forward pass runs: stage 3's buffer is never freed, the others' hold earlier micro-batches'."""
+        if self.setup.sharding == "zero3":
+            return self.states.gradients
+        return where(self.setup.accumulation > 1, self.states.gradients, 0.0)
+
+    def arriving(self) -> Number:
+        """Beside ``states.gradients`` at the end of backward (stage 1: after it): the partition that is being filled."""
+        if self.setup.offload or self.setup.sharding == "zero3":
+            return 0.0
+        kept = either(self.setup.accumulation > 1, self.setup.sharding == "zero1")
+        return where(kept, _HALF * self._partition, 0.0)
+
+    def step_gradients(self) -> Number:
+        """The partition that the optimizer reads."""
+        return 0.0 if self.setup.offload else _HALF * self._partition
+
+    def step_temporaries(self) -> Number:
+        """What a step takes beside its gradients. The optimizer is DeepSpeed's fused AdamW, which needs nothing."""
+        if self.setup.offload:
+            return 0.0
+        return maximum(self._flattened(), self._examined())
+
+    def _flattened(self) -> Number:
+        """A sub-group at a time is flattened and cast to fp32; before, each tensor's norm is taken in fp64."""
+        matrices = self._partition
+        if self.setup.method == "full":  # norms and biases, which have no weight decay, are a group of their own
+            matrices = matrices - count_parameters(self.shape).norm / self.place.optimizer
+        group = (_HALF + _FULL) * minimum(matrices, _SUB_GROUP)
+        return maximum(group, _DOUBLE * self.largest() / self.place.optimizer)
+
+    def _examined(self) -> Number:
+        """Stage 3 first looks for infinite gradients, in the stream of its reductions."""
+        return (_HALF + 1) * self._partition if self.setup.sharding == "zero3" else 0.0
+
+    def segments(self, persistent: Number, tensors: Number, fragments: Number, *, expandable: bool) -> Number:
+        """The allocator's segments: ``persistent`` bytes, the highest ``tensors`` with what ``fragments`` keep beside them.
+
+        Stage 3's step finds its flat buffers no room in what backward left, and its reductions have a pool of their own. What
+        one rank loads before it is flattened stays as well (published reserved peaks of one card).
+        """
+        buffers = maximum(self.buffers("loss"), self.buffers("optimizer"))
+        if self.setup.offload:  # nothing but the same buffers comes between two forward passes
+            return persistent + buffers + _GROWN * tensors
+        later = self.states.gradients - self.held_gradients() + self.arriving()
+        if self.setup.sharding != "zero3":
+            grown = _GROWN * tensors if expandable else tensors + fragments
+            return persistent + buffers + maximum(grown, later + self._flattened())
+        step = self._flattened() + _HALF * self._partition
+        pool = maximum(self._examined(), _HALF * minimum(self.states.trainable, _BUCKET))
+        grown = maximum(_GROWN_STREAMS * tensors, step) if expandable else tensors + maximum(step, fragments)
+        return persistent + buffers + pool + grown

@@ -1,0 +1,1 @@
+"""From a step to a whole run: wall time, money and energy."""

@@ -1,0 +1,1 @@
+"""The time of a step: its work by kind, the hardware's rates, the fitted law."""
