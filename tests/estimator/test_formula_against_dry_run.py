@@ -11,7 +11,7 @@ from benchmarks.formula_vs_dry_run import Gap, compare, draw, draw_sharded
 from estimator.score import percentile
 from estimator.setup import Setup
 
-SETUPS = 16
+SETUPS = 24
 SEED = 11
 
 
