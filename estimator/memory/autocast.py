@@ -29,7 +29,9 @@ def autocast_copies(ledger: Ledger, phase: str) -> Number:
         layers = layers * ((setup.trainable_layers or 0) / ledger.shape.layers)
     # Autocast caches the casts of trained weights only; frozen ones live where the graph keeps them.
     cached = phase == "forward" and setup.method in ("full", "freeze") and not setup.compile
-    if cached or setup.checkpointing == "none":
+    if cached or (
+        setup.checkpointing == "none" and setup.offload != "activations"
+    ):  # offloading takes the graph's along
         return size.compute * (layers + head)
     return size.compute * head
 

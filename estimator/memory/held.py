@@ -50,6 +50,12 @@ class _Layer:
         return maximum(self.in_feed_forward, self.in_attention)
 
 
+def _brought_back(shape: ModelShape, setup: Setup, size: Widths, tokens: Number) -> Number:
+    """Offloaded tensors come back one operation at a time. The gate's product reads two as wide as the feed-forward;
+    ``transient`` is beyond what a layer keeps, of which that product's own output is gone by then."""
+    return tokens * size.compute * 3 * shape.plain_ffn / setup.tensor_parallel
+
+
 def held(
     shape: ModelShape,
     setup: Setup,
@@ -78,6 +84,8 @@ def held(
     if setup.offload == "activations":  # only what the next layers need is on the device, and what selective ones cache
         cached = selective - inputs if setup.checkpointing == "selective" else 0.0
         kept, recomputed, in_flight = cached, maximum(largest, kept / layers) - cached / layers, 1
+        if setup.checkpointing == "none" and shape.matrices == 3 and not shape.experts:
+            recomputed = minimum(recomputed, _brought_back(shape, setup, size, tokens))
     elif setup.checkpointing == "full":
         recomputed = largest
         if keeps_layer_inputs(setup):
@@ -92,7 +100,9 @@ def held(
         recomputed=recomputed,
         transient=transient,
         returned=returned,
-        first_layer=first.kept + (first.inputs if setup.checkpointing == "full" else 0.0),
+        first_layer=recomputed
+        if setup.offload == "activations" and setup.checkpointing == "none"
+        else first.kept + (first.inputs if setup.checkpointing == "full" else 0.0),
         in_feed_forward=first.in_feed_forward,
         in_attention=first.in_attention,
     )

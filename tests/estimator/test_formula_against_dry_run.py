@@ -38,6 +38,7 @@ CASES = (
     {"model": "llama-3.2-1b", "compile": True},
     {"model": "llama-3.2-1b", "compile": True, "method": "lora", "precision": "bf16", "attention": "eager"},
     {"model": "tinyllama-1.1b", "offload": "activations", "checkpointing": "selective"},
+    {"model": "qwen2.5-0.5b", "offload": "activations", "loss": "fused-linear"},
 )
 """What a family's code keeps and another's does not (layer_facts.csv), experts with adapters, compilation and offloading."""
 
