@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from estimator.measured import MeasuredRun, from_row
@@ -137,6 +137,8 @@ def test_more_tokens_or_a_larger_batch_never_lower_a_peak(setup: Setup, tokens: 
 @settings(max_examples=300, deadline=None)
 @given(setups(), st.integers(3 * 10**6, 10**12), st.floats(1.0001, 3))
 def test_more_parameters_never_lower_a_peak(setup: Setup, parameters: int, factor: float) -> None:
+    # With all of a shard on the host a device has one gathered unit: a matter of width, not of the count.
+    assume(setup.sharding != "fsdp" or not setup.offload)
     smaller = dataclasses.replace(setup, model=str(parameters))
     larger = dataclasses.replace(setup, model=str(int(parameters * factor) + 1))
     assert peak(larger) >= peak(smaller)
