@@ -49,6 +49,8 @@ class ChartColumn:
     """As it was written."""
     name: str
     parameters: int
+    inferred: bool
+    """Only the count was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ def chart_cell(setup: Setup) -> ChartCell:
 
 def _column(model: str) -> ChartColumn:
     shape = resolve_model(model)
-    return ChartColumn(model=model, name=shape.name, parameters=count_parameters(shape).total)
+    return ChartColumn(model=model, name=shape.name, parameters=count_parameters(shape).total, inferred=shape.inferred)
 
 
 def _lines(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
-from estimator.errors import DoesNotFitError, InputError
-from estimator.hardware import accelerators, context_bytes, find_accelerator, is_cpu
+from estimator.fits import fits_by_peak, fits_on_each, fits_replayed, with_host
+from estimator.hardware import find_accelerator, is_cpu
 from estimator.memory.checkpoint import checkpoint_estimate
 from estimator.memory.device import (
     allocator_room_bytes,
@@ -21,7 +20,8 @@ from estimator.memory.host import host_interval, host_memory
 from estimator.memory.states import trainable_parameters
 from estimator.model.catalog import resolve_model
 from estimator.model.shape import ModelShape, active_parameters, count_parameters
-from estimator.possible import check_possible
+from estimator.notes import notes_of
+from estimator.possible import check_by_code, check_possible
 from estimator.result import (
     CheckpointEstimate,
     Estimate,
@@ -34,8 +34,8 @@ from estimator.result import (
 from estimator.run.cost import RunRequest, budgeted, naive_estimate, run_estimate
 from estimator.setup import Setup
 from estimator.speed.compute import StepWork, step_work
-from estimator.speed.step_law import formula_seconds, step_interval, unseen
-from estimator.units import GIB, Interval
+from estimator.speed.step_law import formula_seconds, step_interval
+from estimator.units import Interval
 
 if TYPE_CHECKING:
     from estimator.calibration.fitting import Calibration
@@ -72,6 +72,9 @@ def estimate(
 
         shape = counted_shape(shape)
     check_possible(shape, setup)
+    by_code = dry_run and shape.code_only
+    if by_code:
+        check_by_code(shape, setup)
     parameters = count_parameters(shape).total
     if calibration is not None:
         from estimator.calibration.fitting import matches
@@ -80,14 +83,14 @@ def estimate(
             calibration = None
     room = allocator_room_bytes(setup, request.reserve_bytes, capacity_bytes)
     memory = _dry_memory(shape, setup) if dry_run else _memory(shape, setup, calibration, room)
-    time = _time(shape, setup, calibration, by_operators=dry_run and shape.guessed)
+    time = None if by_code else _time(shape, setup, calibration, by_operators=dry_run and shape.guessed)
     checkpoint = _checkpoint(shape, setup, calibration, request)
     fits = (
-        _dry_fits(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
+        fits_replayed(setup, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
         if dry_run
-        else _fits(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
+        else fits_by_peak(setup.accelerator, memory.peak_device_bytes, request.reserve_bytes, capacity_bytes)
     )
-    fits_on = _fits_on(shape, setup, request.reserve_bytes)
+    fits_on = () if by_code else fits_on_each(shape, setup, request.reserve_bytes)
     if dry_run:  # no second opinion on the accelerator that was asked for
         fits_on = tuple(fits if other.gpu == fits.gpu else other for other in fits_on)
     return Estimate(
@@ -103,7 +106,7 @@ def estimate(
             inferred=shape.inferred,
         ),
         memory=memory,
-        fits=_with_host(fits, memory, request),
+        fits=with_host(fits, memory, request),
         fits_on=fits_on,
         time=time,
         checkpoint=checkpoint,
@@ -111,8 +114,10 @@ def estimate(
         budget=budgeted(shape, setup, request, time, checkpoint),
         naive=naive_estimate(parameters, setup, request),
         calibration=None if calibration is None else calibration_name,
-        notes=_notes(shape, setup, request, time, calibration, dry_run=dry_run),
-        remedies=_remedies(shape, setup, memory, fits, fits_on, request.reserve_bytes, calibration) if remedies else (),
+        notes=notes_of(shape, setup, request, time, calibration, dry_run=memory.dry_run),
+        remedies=_remedies(shape, setup, memory, fits, fits_on, request.reserve_bytes, calibration)
+        if remedies and not by_code
+        else (),
     )
 
 
@@ -129,7 +134,7 @@ def _canonical(setup: Setup) -> Setup:
 def _memory(shape: ModelShape, setup: Setup, calibration: Calibration | None, room_bytes: int | None) -> MemoryEstimate:
     phases = memory_phases(shape, setup)
     if calibration is not None:
-        from estimator.calibration import fitting as laws
+        from estimator.calibration import applying as laws
 
         fitted = laws.apply_memory(calibration, phases)
         if fitted is not None:
@@ -195,71 +200,6 @@ def _memory_estimate(
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def _fits(accelerator: str | None, device: Interval, reserve_bytes: int, capacity_bytes: int | None) -> FitEstimate:
-    if accelerator is None:
-        return FitEstimate(gpu=None, capacity_bytes=None, fits=None, margin_bytes=None)
-    capacity = capacity_bytes
-    if capacity is None:
-        capacity = _host_memory_bytes() if is_cpu(accelerator) else find_accelerator(accelerator).usable_bytes
-    if capacity is None:
-        return FitEstimate(gpu=accelerator, capacity_bytes=None, fits=None, margin_bytes=None)
-    capacity -= reserve_bytes
-    margin = capacity - round(device.value)
-    return FitEstimate(gpu=accelerator, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin)
-
-
-def check_reserve(accelerator: str | None, reserve_bytes: int) -> None:
-    """Raises InputError where something else holds all that the accelerator has."""
-    if accelerator is None or is_cpu(accelerator):
-        return
-    device = find_accelerator(accelerator)
-    if device.usable_bytes is not None and reserve_bytes >= device.usable_bytes:
-        raise InputError(
-            f"reserve: {reserve_bytes / GIB:.1f} GiB leave nothing of the {device.usable_bytes / GIB:.1f} GiB of {device.name}; "
-            "write a smaller --reserve, or a larger --gpu"
-        )
-
-
-def _dry_fits(setup: Setup, device: Interval, reserve_bytes: int, capacity_bytes: int | None) -> FitEstimate:
-    """As ``_fits``; where the peak is beyond the capacity, the steps are replayed on a device of that size: the allocator
-    gives its cache back before it fails, and fragments may keep it from finding what is free in all."""
-    plain = _fits(setup.accelerator, device, reserve_bytes, capacity_bytes)
-    if plain.fits is not False or is_cpu(setup.accelerator):
-        return plain
-    from estimator.dryrun.run import dry_run
-
-    assert plain.capacity_bytes is not None
-    context = round(context_bytes(setup.accelerator).value)
-    found = dry_run(setup, capacity_bytes=max(plain.capacity_bytes - context, 0))
-    if found.out_of_memory is not None:
-        return plain
-    return dataclasses.replace(
-        plain, fits=True, margin_bytes=plain.capacity_bytes - context - found.peak_reserved_bytes
-    )
-
-
-def fits_by_dry_run(setup: Setup, *, reserve_bytes: int = 0) -> bool:
-    """Whether steps on fake tensors end on the setup's accelerator, whose memory is known, less what is reserved.
-
-    Raises InputError for what cannot be dry-run, MissingError without torch.
-    """
-    from estimator.dryrun.run import dry_run
-
-    assert setup.accelerator is not None
-    usable = find_accelerator(setup.accelerator).usable_bytes
-    assert usable is not None
-    room = usable - reserve_bytes - round(context_bytes(setup.accelerator).value)
-    return dry_run(setup, capacity_bytes=max(room, 0)).out_of_memory is None
-
-
-def _with_host(fit: FitEstimate, memory: MemoryEstimate, request: RunRequest) -> FitEstimate:
-    if request.host_memory_bytes is None:
-        return fit
-    margin = request.host_memory_bytes - round(memory.peak_host_bytes.value)
-    fits = fit.fits if margin >= 0 else False
-    return dataclasses.replace(fit, fits=fits, host_margin_bytes=margin)
-
-
 def _remedies(
     shape: ModelShape,
     setup: Setup,
@@ -291,60 +231,6 @@ def _remedies(
     )
 
 
-def refuse_what_does_not_fit(estimate: Estimate) -> None:
-    """Raises DoesNotFitError with the numbers; nothing where it fits or the capacity is unknown."""
-    fit = estimate.fits
-    if fit.fits is not False:
-        return
-    if fit.host_margin_bytes is not None and fit.host_margin_bytes < 0:
-        raise DoesNotFitError(
-            f"host memory: a machine needs {estimate.memory.peak_host_bytes.value / GIB:.1f} GiB, "
-            f"{-fit.host_margin_bytes / GIB:.1f} GiB more than it has"
-        )
-    assert fit.margin_bytes is not None and fit.capacity_bytes is not None
-    raise DoesNotFitError(
-        f"memory: a device needs {estimate.memory.peak_device_bytes.value / GIB:.1f} GiB and {fit.gpu} has "
-        f"{fit.capacity_bytes / GIB:.1f} GiB for it, {-fit.margin_bytes / GIB:.1f} GiB too little"
-    )
-
-
-def _host_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _fits_on(shape: ModelShape, setup: Setup, reserve_bytes: int) -> tuple[FitEstimate, ...]:
-    """Every accelerator whose memory is known, smallest first, by the formula."""
-    found = []
-    known = setup.accelerator is not None and not is_cpu(setup.accelerator)
-    own = find_accelerator(str(setup.accelerator)) if known else None
-    by_workspace: dict[bool, tuple[Interval, Interval]] = {}
-    """What the allocator reserves with all the room, and with none: accelerators differ only in their libraries' workspaces."""
-    for accelerator in accelerators().values():
-        if accelerator.usable_bytes is None:
-            continue
-        large = accelerator.large_workspace
-        if large not in by_workspace:
-            same = own is not None and own.large_workspace == large
-            there = setup if same else dataclasses.replace(setup, accelerator=accelerator.name)
-            allocated = formula_interval(shape, there, peak_phase(memory_phases(shape, there)))
-            free, full = (reserved_interval(shape, there, allocated, room) for room in (None, 0))
-            by_workspace[large] = free, full
-        capacity, context = accelerator.usable_bytes - reserve_bytes, context_bytes(accelerator.name).value
-        reserved = _in_room(*by_workspace[large], max(capacity - round(context), 0))
-        margin = capacity - round(round(reserved.value) + context)
-        found.append(FitEstimate(gpu=accelerator.name, capacity_bytes=capacity, fits=margin >= 0, margin_bytes=margin))
-    return tuple(sorted(found, key=lambda fit: fit.capacity_bytes or 0))
-
-
-def _in_room(free: Interval, full: Interval, room_bytes: int | None) -> Interval:
-    """``reserved_interval`` in a room, from what it is where there is all the room and where there is none."""
-
-    def held(most: float, least: float) -> float:
-        return most if room_bytes is None or most <= room_bytes else max(least, room_bytes)
-
-    return Interval(value=held(free.value, full.value), low=held(free.low, full.low), high=held(free.high, full.high))
-
-
 # --- time and checkpoint ----------------------------------------------------------------------------------------------
 
 
@@ -361,7 +247,7 @@ def _time(
     else:
         work = step_work(shape, setup)
     if calibration is not None:
-        from estimator.calibration.fitting import apply_time
+        from estimator.calibration.applying import apply_time
 
         fitted = apply_time(calibration, work, setup)
         if fitted is not None:
@@ -401,7 +287,7 @@ def _checkpoint(
     by_formula = checkpoint_estimate(shape, setup, kept=request.kept_checkpoints)
     if calibration is None:
         return by_formula
-    from estimator.calibration.fitting import apply_checkpoint
+    from estimator.calibration.applying import apply_checkpoint
 
     fitted = apply_checkpoint(calibration, by_formula.model_bytes, by_formula.optimizer_bytes)
     if fitted is None:
@@ -413,76 +299,3 @@ def _checkpoint(
         optimizer_bytes=fitted.optimizer_bytes,
         run_disk_bytes=round(by_formula.run_disk_bytes * total / by_formula.bytes),
     )
-
-
-# --- what the reader should know --------------------------------------------------------------------------------------
-
-
-def _notes(
-    shape: ModelShape,
-    setup: Setup,
-    request: RunRequest,
-    time: TimeEstimate | None,
-    calibration: Calibration | None,
-    *,
-    dry_run: bool,
-) -> tuple[str, ...]:
-    notes = []
-    if shape.inferred:
-        notes.append(
-            f"shape inferred from the count: {shape.layers} layers of {shape.hidden}, {shape.vocab:,} vocabulary, Llama-like; "
-            "write --model for a known one"
-        )
-    if shape.guessed:
-        notes.append(
-            "the config's type is of no known family: "
-            + (
-                ("memory" if time is None else "memory, and time by operators,") + " from its own code"
-                if dry_run
-                else f"read as {shape.family}'s; --dry-run runs its own code"
-            )
-        )
-    notes.append(
-        f"assumes {setup.framework}, {setup.precision}, {setup.optimizer}, {setup.attention} attention, "
-        f"checkpointing {setup.checkpointing}, {setup.loss} loss, "
-        + ("no evaluation" if setup.eval_batch is None else f"evaluation at batch {setup.eval_batch}")
-    )
-    notes += _expected_memory(setup.accelerator)
-    if not setup.pack:
-        notes.append(
-            f"padded: each sequence takes the time and memory of {setup.seq:,} tokens, and attention a mask of it"
-        )
-    if setup.accelerator is None:
-        notes.append("no accelerator given: no time or cost; write --gpu NAME")
-    elif time is None:
-        what = (
-            "a CPU has no datasheet rate"
-            if is_cpu(setup.accelerator)
-            else f"no rate of {setup.accelerator} for {setup.precision} is known"
-        )
-        notes.append(f"no time: {what}; measure with `vramcalc profile` and `vramcalc fit`")
-    elif time.method == "formula" and (new := unseen(shape, setup, find_accelerator(setup.accelerator))):
-        notes.append(
-            f"time: no published run told the law of this {', '.join(new)}: general coefficients and a wider interval; "
-            "measure with `vramcalc profile` and `vramcalc fit`"
-        )
-    if request.tokens(setup.seq) is None:
-        notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")
-    if calibration is not None:
-        from estimator.calibration.fitting import caveats
-
-        notes += caveats(calibration, setup, count_parameters(shape).total)
-    return tuple(notes)
-
-
-def _expected_memory(accelerator: str | None) -> list[str]:
-    if accelerator is None or is_cpu(accelerator):
-        return []
-    device = find_accelerator(accelerator)
-    if not device.usable_is_expected:
-        return []
-    assert device.usable_bytes is not None and device.usable_low_bytes is not None
-    expected, least = device.usable_bytes / GIB, device.usable_low_bytes / GIB
-    return [
-        f"no source states what the driver of {device.name} reports: {expected:.1f} GiB expected, {least:.1f} at least"
-    ]

@@ -123,11 +123,7 @@ def find_accelerator(name: str) -> Accelerator:
     import difflib
 
     near = difflib.get_close_matches(key, [*accelerators(), *_ALIASES], n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else f"known are {', '.join(a.name for a in accelerators().values())}"
-    )
+    hint = f"did you mean {', '.join(near)}?" if near else "see `vramcalc models`"
     raise InputError(f"accelerator: {name!r} is not in the catalog; {hint}")
 
 

@@ -79,7 +79,11 @@ def cell_text(cell: ChartCell) -> str:
 def notes(chart: Chart) -> list[str]:
     """What the columns are, and what an asterisk means."""
     columns = zip(column_heads(chart), chart.columns, strict=True)
-    named = [f"{head} {printable(column.name)}" for head, column in columns if head != printable(column.name)]
+    named = [
+        f"{head} {printable(column.name)}"
+        for head, column in columns
+        if head != printable(column.name) and not column.inferred
+    ]
     found = [f"Models: {', '.join(named)}."] if named else []
     devices = {cell.fits.gpu for row in chart.rows for cell in row.cells if cell.fits.fits is not None}
     if devices:

@@ -78,7 +78,10 @@ def describe_setup(setup: Setup) -> str:
     if setup.offload:
         parts.append(f"{setup.offload} offloaded")
     accumulated = f" x {setup.accumulation} micro-batches" if setup.accumulation > 1 else ""
-    parts.append(f"batch {setup.batch} x {setup.seq:,} tokens{accumulated}{' a device' * (setup.accelerators > 1)}")
+    most = "at most " if setup.varying_lengths else ""
+    padded = "" if setup.pack else ", padded"
+    device = " a device" * (setup.accelerators > 1)
+    parts.append(f"batch {setup.batch} x {most}{setup.seq:,} tokens{accumulated}{device}{padded}")
     where = setup.accelerator or ("an accelerator" if setup.accelerators == 1 else "accelerators")
     parts.append(f"on {where}" if setup.accelerators == 1 else f"on {setup.accelerators:,} x {where}")
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from estimator.score import Score
+from estimator.score import QUANTITIES, Score
 from estimator.validation import Skip, Validation
 from reports import scale
 from reports.runs import printable
@@ -47,19 +47,14 @@ def print_validation(console: Console, validation: Validation) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    def table(title: str, scored: Sequence[tuple[str, str, Score]], first: str) -> None:
-        console.print(Text(title, style="bold"))
-        shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1), collapse_padding=True)
-        if first:
-            shown.add_column(first, overflow="fold")
-        shown.add_column("quantity", overflow="fold")
-        for name in ("n", "median", "p90", "p95", "worst", "bias", "in 90%"):
-            shown.add_column(name, justify="right", no_wrap=True)
-        for label, quantity, score in scored:
+    def table(scored: Sequence[tuple[str, Score]], *, header: bool) -> None:
+        shown = Table(box=None, pad_edge=False, show_header=header, padding=(0, 1), collapse_padding=True)
+        shown.add_column("quantity", no_wrap=True, min_width=max(map(len, QUANTITIES)))
+        for name, width in (("n", 3), ("median", 6), ("p90", 5), ("p95", 5), ("worst", 5), ("bias", 6), ("in 90%", 6)):
+            shown.add_column(name, justify="right", no_wrap=True, min_width=width)
+        for quantity, score in scored:
             numbers = (score.median_ape, score.p90_ape, score.p95_ape, score.max_ape)
-            start = [Text(printable(label))] if first else []
             shown.add_row(
-                *start,
                 quantity,
                 str(score.n),
                 *map(scale.percent_text, numbers),
@@ -71,9 +66,12 @@ def print_validation(console: Console, validation: Validation) -> None:
     judged = len(validation.rows)
     console.print(Text(f"{judged} rows predicted, {len(validation.skipped)} skipped", style="bold"))
     if validation.overall:
-        table("Relative errors", [("", name, score) for name, score in validation.overall], "")
-        by_source = [(source, name, score) for source, scores in validation.by_source for name, score in scores]
-        table("By source", by_source, "source")
+        console.print(Text("Relative errors", style="bold"))
+        table(validation.overall, header=True)
+        console.print(Text("By source", style="bold"))
+        for source, scores in validation.by_source:
+            console.print(Text(printable(source)))
+            table(scores, header=False)
     fits = validation.fits
     if any(dataclasses.astuple(fits)):
         console.print(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from estimator.dryrun.run import dry_run
-from estimator.estimate import fits_by_dry_run
+from estimator.fits import fits_by_dry_run
 from estimator.setup import Setup
 from estimator.units import GIB
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from estimator.errors import InputError
-from estimator.estimate import _fits_on, estimate
+from estimator.estimate import estimate
+from estimator.fits import fits_on_each
 from estimator.model.catalog import resolve_model
 from estimator.model.shape import count_parameters
 from estimator.run.cost import RunRequest
@@ -119,7 +120,7 @@ def test_a_model_that_sees_is_cut_in_the_depth_of_its_text_model() -> None:
     from estimator.building.model import cut_depth
 
     config = Gemma3Config(text_config={"num_hidden_layers": 7})
-    cut_depth(config, 5)
+    cut_depth(config, range(5))
     assert config.text_config.num_hidden_layers == len(config.text_config.layer_types) == 5
 
 
@@ -136,7 +137,7 @@ def test_flex_attention_s_output_is_as_wide_as_its_values() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_fits_where_is_what_each_accelerator_is_told_alone(model: str, method: str) -> None:
     setup = Setup(model=model, method=method).resolved()
-    for fit in _fits_on(resolve_model(model), setup, 2**30):
+    for fit in fits_on_each(resolve_model(model), setup, 2**30):
         alone = estimate(
             Setup(model=model, method=method, accelerator=fit.gpu), request=RunRequest(reserve_bytes=2**30)
         )

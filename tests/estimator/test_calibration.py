@@ -13,6 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from estimator.calibration.applying import (
+    apply_checkpoint,
+    apply_device,
+    apply_memory,
+    apply_reserved,
+    apply_time,
+    caveats,
+)
 from estimator.calibration.file import (
     check_writable,
     default_path,
@@ -28,13 +36,7 @@ from estimator.calibration.fitting import (
     HeldOut,
     Law,
     Range,
-    apply_checkpoint,
-    apply_device,
-    apply_memory,
-    apply_reserved,
-    apply_time,
     canonical_name,
-    caveats,
     compute_type,
     matches,
     seconds_by_term,

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from estimator.errors import DoesNotFitError, InputError
-from estimator.estimate import estimate, refuse_what_does_not_fit
+from estimator.estimate import estimate
+from estimator.fits import refuse_what_does_not_fit
 from estimator.result import Estimate
 from estimator.run.cost import RunRequest
 from estimator.setup import Setup

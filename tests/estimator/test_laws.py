@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from estimator.calibration.applying import apply_checkpoint, apply_device, apply_memory, apply_time
 from estimator.calibration.file import read_calibration, write_calibration
-from estimator.calibration.fitting import apply_checkpoint, apply_device, apply_memory, apply_time
 from estimator.calibration.laws import QUANTITIES, device_name, fit
 from estimator.errors import InputError
 from estimator.measured import MeasuredRun

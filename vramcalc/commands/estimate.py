@@ -86,8 +86,8 @@ def estimate(
 ) -> None:
     """Predict memory, time, checkpoints and cost of a fine-tune."""
     from estimator.errors import InputError
-    from estimator.estimate import check_reserve
     from estimator.estimate import estimate as predict
+    from estimator.fits import check_reserve
     from estimator.run.cost import RunRequest
     from estimator.units import parse_bytes, parse_count, parse_dollars
 
@@ -147,7 +147,7 @@ def estimate(
 
         print_estimate(Screen(), result)
     if check:
-        from estimator.estimate import refuse_what_does_not_fit
+        from estimator.fits import refuse_what_does_not_fit
 
         refuse_what_does_not_fit(result)
 

@@ -125,7 +125,7 @@ def _confirmation(space: Space, reserve_bytes: int, wanted: bool | None) -> Call
     known: dict[Setup, bool] = {}
 
     def fits(setup: Setup) -> bool:
-        from estimator.estimate import fits_by_dry_run
+        from estimator.fits import fits_by_dry_run
 
         # From the second micro-batch on, which finds gradients, each is like the last.
         setup = dataclasses.replace(setup, accumulation=min(setup.accumulation, 2))
