@@ -11,5 +11,9 @@ class DoesNotFitError(RuntimeError):
     """The run cannot fit in memory or on the disk (exit 3)."""
 
 
+class RankError(RuntimeError):
+    """A process of several that train together failed, and ended the others (exit 1): one line that says which, and why."""
+
+
 class MissingError(RuntimeError):
     """A package or device that is needed is not there (exit 4): one line that says how to get it."""

@@ -8,6 +8,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from estimator.errors import DoesNotFitError
+from profiler.disk import checkpoint_size
+
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 _STAGING = ".incomplete"
 _DISCARDED = ".discarded-"
@@ -59,6 +62,18 @@ def prune(out: Path, *, keep: int, spared: int | None) -> None:
     for checkpoint in checkpoints(out)[:-keep]:
         if checkpoint.step != spared:
             discard(checkpoint.path)
+
+
+def check_room(out: Path) -> None:
+    """Before a checkpoint of the size of the last one. Raises DoesNotFitError."""
+    last = checkpoints(out)
+    needed = checkpoint_size(last[-1].path).total_bytes if last else 0
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"disk: a checkpoint takes {needed:,} B and {out} has {free:,} B free; free some, or write a "
+            "smaller --keep; the training goes on from its last checkpoint"
+        )
 
 
 def remove_leftovers(out: Path) -> None:

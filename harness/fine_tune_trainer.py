@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from estimator.errors import DoesNotFitError, InputError
-from harness.checkpoints import checkpoints, complete, discard, prune, staging_directory
+from estimator.errors import InputError
+from harness.checkpoints import check_room, complete, discard, prune, staging_directory
 from harness.child_errors import explain_error
 from harness.plan import Schedule
 from harness.trainer import PhaseTrainer
@@ -40,7 +41,8 @@ class FineTuneTrainer(PhaseTrainer):
         out: Path,
         steps: Schedule,
         keep: int,
-        log: TrainingLog,
+        log: TrainingLog | None,
+        sharded: bool,
         synchronize: Callable[[], None],
         is_traced: Callable[[], bool],
         on_step_done: Callable[[int], None],
@@ -51,6 +53,7 @@ class FineTuneTrainer(PhaseTrainer):
         self._steps = steps
         self._keep = keep
         self._training_log = log
+        self._sharded = sharded
         self._synchronize = synchronize
         self._is_traced = is_traced
         self._on_step_done = on_step_done
@@ -110,8 +113,9 @@ class FineTuneTrainer(PhaseTrainer):
             learning_rate=learning_rate,
             traced=kind == "train" and self._is_traced(),
         )
-        self._training_log.append(entry)
-        self._on_entry(entry)
+        if self._training_log is not None:  # the first rank's
+            self._training_log.append(entry)
+            self._on_entry(entry)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -129,11 +133,52 @@ class FineTuneTrainer(PhaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _readable(resume_from_checkpoint):
             TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._sharded:
+                from harness.sharded_files import load_model
+
+                load_model(self.model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self._sharded and checkpoint is not None:
+                from harness.sharded_files import load_optimizer
+
+                load_optimizer(self.model, self._bare_optimizer, Path(checkpoint))
+                assert self.lr_scheduler is not None
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from harness.sharded_files import save_optimizer
+
+        save_optimizer(self.model, self._bare_optimizer, Path(output_dir))
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights, or adapters, as ``from_pretrained`` reads them; each rank must call it."""
+        if not self._sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        from estimator.building.loading import write_weights
+
+        assert output_dir is not None
+        write_weights(self.model, Path(output_dir), is_main=bool(self.args.should_save), published=False)
+        if self.args.should_save:
+            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
@@ -146,36 +191,28 @@ class FineTuneTrainer(PhaseTrainer):
         """Trainer's own checkpoint, written aside and renamed when it is whole and on the disk."""
         began = time.perf_counter()
         step = self.state.global_step
-        self._training_log.sync()
-        # Makes room first, so that --keep and the best are the most there is (one more with --keep 1).
-        prune(self._out, keep=max(self._keep - 1, 1), spared=self._best_on_disk)
-        self._check_room()
+        if self._training_log is not None:
+            self._training_log.sync()
+            # Makes room first, so that --keep and the best are the most there is (one more with --keep 1).
+            prune(self._out, keep=max(self._keep - 1, 1), spared=self._best_on_disk)
+            check_room(self._out)
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(staging_directory(self._out), ignore_errors=True)
-            self._check_room()
+            check_room(self._out)
             raise
         finally:
             self._saving = False
-        written = complete(self._out, step)
-        discard(staging_directory(self._out))
+        self.accelerator.wait_for_everyone()
         self._best_on_disk = self.state.best_global_step or None
-        prune(self._out, keep=self._keep, spared=self._best_on_disk)
+        if self._training_log is not None:
+            written = complete(self._out, step)
+            discard(staging_directory(self._out))
+            prune(self._out, keep=self._keep, spared=self._best_on_disk)
+            self.checkpoint_size = checkpoint_size(written.path)
         self._saving_seconds.append(time.perf_counter() - began)
-        self.checkpoint_size = checkpoint_size(written.path)
-
-    def _check_room(self) -> None:
-        """Before a checkpoint of the size of the last one. Raises DoesNotFitError."""
-        last = checkpoints(self._out)
-        needed = checkpoint_size(last[-1].path).total_bytes if last else 0
-        free = shutil.disk_usage(self._out).free
-        if free < needed:
-            raise DoesNotFitError(
-                f"disk: a checkpoint takes {needed:,} B and {self._out} has {free:,} B free; free some, or write a "
-                "smaller --keep; the training goes on from its last checkpoint"
-            )
 
 
 @contextlib.contextmanager

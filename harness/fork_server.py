@@ -159,7 +159,7 @@ def _one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": first}
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """This process gets SIGKILL when its parent ends; at once if that has happened. Linux only: elsewhere it is left."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -222,7 +222,7 @@ def _run(request: _Request, connection: Connection[_Reply, _Request]) -> _Reply:
 
 
 def _become_child(request: _Request, server: int) -> None:
-    _die_with(server)
+    die_with(server)
     os.setsid()
     log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -293,7 +293,7 @@ def _kill(child: int) -> int:
 
 
 if __name__ == "__main__":
-    _die_with(os.getppid())
+    die_with(os.getppid())
     from harness import fork_server  # requests name its classes so, not __main__'s
 
     fork_server._serve(Connection(int(sys.argv[1])), preload=sys.argv[2] == "1")

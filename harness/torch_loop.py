@@ -30,6 +30,11 @@ def check_loop(setup: Setup) -> None:
         raise InputError("precision: --framework torch-loop does not scale losses for fp16; write bf16-mixed")
 
 
+def autocast_dtype(setup: Setup) -> torch.dtype | None:
+    """What autocast computes in, or ``None`` without autocast."""
+    return torch.bfloat16 if _autocast_name(setup) == "bf16" else None
+
+
 def _autocast_name(setup: Setup) -> str | None:
     return setup.autocast or {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}.get(setup.precision)
 
@@ -60,7 +65,7 @@ class TorchLoop:
         self.optimizer = build_optimizer(self.model, setup)
         self._batches = DataLoader(train, batch_size=setup.batch, shuffle=False)
         self._on_phase = on_phase
-        self._autocast = torch.bfloat16 if _autocast_name(setup) == "bf16" else None
+        self._autocast = autocast_dtype(setup)
 
     def train(self, steps: int) -> None:
         """Runs ``steps`` optimizer steps; ``between`` is entered as each ends."""

@@ -17,6 +17,10 @@ from profiler.device import LocalDevice
 from profiler.disk import CheckpointSize
 from profiler.memory import MemoryPeaks
 
+_EVALUATION_TOKENS = 32_768
+_EVALUATION_SHARE = 4
+_EVALUATION_SEQUENCES = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -30,12 +34,24 @@ class Run:
     steps: Schedule
     predicted: Estimate
 
+    @property
+    def evaluated(self) -> int:
+        """Held-out sequences that an evaluation reads: enough to see a trend, few beside an epoch.
+
+        At most 32,768 tokens and a quarter of an epoch's sequences, but eight sequences if there are so many.
+        """
+        wanted = min(_EVALUATION_TOKENS // self.setup.seq, self.steps.samples // _EVALUATION_SHARE)
+        return min(len(self.data.evaluation), max(wanted, _EVALUATION_SEQUENCES))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What was seen since the run was started or last resumed; ``None`` where nothing ran that shows it."""
 
     peaks: MemoryPeaks | None
+    """Of the first rank."""
+    allocated_by_rank: tuple[int, ...]
+    """The allocated peak of each rank."""
     settled: bool
     """Untraced steps ran: on a CPU, reserved and resident memory are of those alone, since a trace takes memory."""
     host_peak_bytes: int | None
@@ -69,6 +85,7 @@ def outcome(run: Run, entries: Sequence[LogEntry], measured: Measured) -> TrainR
         evaluation_seconds=sum(entry.seconds for entry in evaluated),
         checkpoint_seconds=measured.checkpoint_seconds,
         peak_phase=measured.peaks.peak_phase if measured.peaks else None,
+        allocated_by_rank=measured.allocated_by_rank,
         comparisons=(
             *_memory(run, measured),
             *_time(run, trained),
@@ -91,7 +108,7 @@ def _memory(run: Run, measured: Measured) -> tuple[PredictedMeasured, ...]:
     memory, peaks = run.predicted.memory, measured.peaks
     settled = peaks if measured.settled else None
     rows = [
-        ("peak allocated", memory.peak_allocated_bytes, peaks.allocated_bytes if peaks else None),
+        ("peak allocated", memory.peak_allocated_bytes, max(measured.allocated_by_rank, default=None)),
         ("peak reserved", memory.peak_reserved_bytes, settled.reserved_bytes if settled else None),
         ("peak device", memory.peak_device_bytes, settled.device_bytes if settled else None),
     ]

@@ -59,6 +59,8 @@ class TrainResult:
     checkpoint_seconds: float | None
     """Median time of writing one checkpoint; ``None`` where none was written since the run was last resumed."""
     peak_phase: str | None
+    allocated_by_rank: tuple[int, ...] = ()
+    """The allocated peak of each device; the comparison has the highest, and all else of memory is the first one's."""
     comparisons: tuple[PredictedMeasured, ...]
 
 
@@ -81,6 +83,7 @@ def read_result(path: Path) -> TrainResult:
             PredictedMeasured(**(row | {"predicted": Interval(**row["predicted"]) if row["predicted"] else None}))
             for row in document.pop("comparisons")
         ]
-        return TrainResult(**document, comparisons=tuple(comparisons))
+        by_rank = tuple(document.pop("allocated_by_rank", ()))
+        return TrainResult(**document, allocated_by_rank=by_rank, comparisons=tuple(comparisons))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"out: {path} is damaged; write --restart to begin anew, or another --out") from None

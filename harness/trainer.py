@@ -40,7 +40,7 @@ def training_arguments(setup: Setup, *, output_dir: Path, **overrides: Any) -> T
     assert setup.optimizer is not None
     cuda = torch.cuda.is_available()
     autocast = _autocast(setup)
-    _check(setup, cuda=cuda, autocast=autocast)
+    check_trainer(setup, cuda=cuda)
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": setup.batch,
         "per_device_eval_batch_size": setup.eval_batch or setup.batch,
@@ -64,7 +64,26 @@ def training_arguments(setup: Setup, *, output_dir: Path, **overrides: Any) -> T
     built = TrainingArguments(output_dir=str(output_dir), **(arguments | overrides))
     # Trainer lets ACCELERATE_MIXED_PRECISION decide where neither is asked for; a setup means what it says.
     built.mixed_precision = autocast or "no"
+    if built.fsdp and not cuda:
+        _let_accelerate_shard()
     return built
+
+
+def _let_accelerate_shard() -> None:
+    """accelerate looks for FSDP on accelerators alone, for no reason that a step has: its processes pass for those of GPUs."""
+    from accelerate import DistributedType, PartialState
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def ranks_arguments(setup: Setup) -> dict[str, Any]:
+    """What Trainer is told of the other ranks; nothing for one device."""
+    if setup.sharding == "ddp":
+        return {"ddp_find_unused_parameters": False}
+    if setup.sharding == "fsdp":
+        # The model comes sharded (``harness.ranks_model``).
+        return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+    return {}
 
 
 def _autocast(setup: Setup) -> str | None:
@@ -72,7 +91,9 @@ def _autocast(setup: Setup) -> str | None:
     return setup.autocast or {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}.get(setup.precision)
 
 
-def _check(setup: Setup, *, cuda: bool, autocast: str | None) -> None:
+def check_trainer(setup: Setup, *, cuda: bool) -> None:
+    """Raises InputError for what Trainer cannot do here, MissingError for an optimizer's package; ``setup`` resolved."""
+    autocast = _autocast(setup)
     if setup.framework != "hf-trainer":
         raise InputError(
             f"framework: {setup.framework} can be estimated but not run here; write --framework hf-trainer"

@@ -55,7 +55,7 @@ class CudaCounters(ABC):
 
 
 class TorchCudaCounters(CudaCounters):
-    """The real device 0.
+    """The current device.
 
     Where NVML names no processes (in a container), a process holds what is used now beyond what was used when these
     counters were made: make them before CUDA is initialised, on a GPU that nobody else uses.

@@ -9,7 +9,8 @@ from estimator.errors import InputError
 
 # As transformers' Trainer, peft and torch.save name them.
 _MODEL = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-_OPTIMIZER = ("optimizer*.pt", "optimizer*.bin")
+_OPTIMIZER = ("optimizer*.pt", "optimizer*.bin", "optimizer/*")
+"""The last: sharded states, a file from each rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

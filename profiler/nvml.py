@@ -62,26 +62,27 @@ class NvmlGpu:
             return None
 
 
-def first_gpu() -> NvmlGpu | None:
-    """The GPU that CUDA would call device 0 (``CUDA_VISIBLE_DEVICES`` is heeded), or ``None`` without one."""
+def first_gpu(number: int = 0) -> NvmlGpu | None:
+    """The GPU that CUDA would call device 0, or ``number`` (``CUDA_VISIBLE_DEVICES`` is heeded), or ``None`` without one."""
     try:
         import pynvml
     except ImportError:
         return None
-    return first_gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return first_gpu_of(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), number)
 
 
-def first_gpu_of(library: Any, visible: str | None) -> NvmlGpu | None:
+def first_gpu_of(library: Any, visible: str | None, number: int = 0) -> NvmlGpu | None:
     """As ``first_gpu``, with NVML and the variable given."""
-    first = None if visible is None else visible.split(",")[0].strip()
+    listed = [str(number)] if visible is None else [name.strip() for name in visible.split(",")][number:]
+    first = listed[0] if listed else ""
     try:
         library.nvmlInit()
-        if first in (None, "0") or (first or "").isdigit():
-            index = int(first or 0)
+        if first.isdigit():
+            index = int(first)
             if index >= library.nvmlDeviceGetCount():
                 return None
             handle = library.nvmlDeviceGetHandleByIndex(index)
-        elif first and first.startswith("GPU-"):
+        elif first.startswith("GPU-"):
             handle = library.nvmlDeviceGetHandleByUUID(first)
         else:  # empty or -1: CUDA sees none
             return None

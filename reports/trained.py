@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.train_result import TrainResult
 from reports.comparison import Comparison
-from reports.scale import count_text, seconds_text
+from reports.scale import count_text, memory_text, seconds_text
 from reports.terminal import print_comparison
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def summary_lines(result: TrainResult, out: Path) -> list[str]:
         f"{result.final_evaluation_loss:.4f}, best {result.best_evaluation_loss:.4f} after epoch "
         f"{_plain(result.best_epoch)}.",
     ]
+    if len(result.allocated_by_rank) > 1:
+        most = max(result.allocated_by_rank)
+        lines.append(
+            f"{len(result.allocated_by_rank)} devices: peak allocated {memory_text(result.allocated_by_rank[0])} on the first, "
+            f"{memory_text(most)} on the fullest (number {result.allocated_by_rank.index(most)})."
+        )
     if result.overfit_epoch is not None:
         lines.append(
             f"OVERFITTING after epoch {_plain(result.overfit_epoch)}: the held-out loss rises from there while the training "

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from estimator.errors import DoesNotFitError, InputError, MissingError
+from estimator.errors import DoesNotFitError, InputError, MissingError, RankError
 
 COMMANDS = {
     "estimate": "Predict memory, time, checkpoints and cost of a fine-tune.",
@@ -96,6 +96,8 @@ def _guard(action: Callable[[], Any]) -> int:
         return _fail(error, 3)
     except MissingError as error:
         return _fail(error, 4)
+    except RankError as error:
+        return _fail(error, 1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in {
             "vramcalc",

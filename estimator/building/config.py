@@ -5,6 +5,7 @@ It needs torch and transformers, and imports them where they are used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,14 +154,19 @@ def is_pretrained(model: str) -> bool:
     return model.lower() not in model_names() and (Path(model).expanduser().exists() or "/" in model)
 
 
-def cut_depth(config: Any, layers: int) -> None:
-    """Makes ``config`` (transformers') that of the same model with its first ``layers`` decoder layers."""
+def cut_depth(config: Any, kept: Sequence[int]) -> None:
+    """Makes ``config`` (transformers') that of the same model with these of its decoder layers, in their order."""
     config = config.get_text_config()  # of a model that sees as well
-    config.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        kinds = getattr(config, name, None)
-        if kinds is not None and not isinstance(getattr(type(config), name, None), property):
-            setattr(config, name, list(kinds)[:layers])
+    layers = config.num_hidden_layers
+    place = {layer: index for index, layer in enumerate(kept)}
+    config.num_hidden_layers = len(kept)
+    for name, value in list(vars(config).items()):
+        if not isinstance(value, (list, tuple)) or not value or name in config.attribute_map:
+            continue
+        if len(value) == layers:  # an entry for each
+            setattr(config, name, type(value)(value[layer] for layer in kept))
+        elif "layer" in name and all(type(item) is int for item in value):  # which layers are of a kind
+            setattr(config, name, type(value)(place[layer] for layer in value if layer in place))
 
 
 def refusal(setup: Setup, error: Exception) -> InputError | MissingError:

@@ -6,6 +6,7 @@ It needs torch and transformers, and imports them where they are used.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,9 @@ def _use_loss(model: torch.nn.Module, setup: Setup, *, dry: bool) -> None:
         use_loss(model, setup, dry=dry)
 
 
-def build_empty_model(setup: Setup, *, layers: int | None = None) -> torch.nn.Module:
-    """The same model on the meta device, without memory or values: never with pretrained weights, and cut to its first
-    ``layers`` where given. Raises InputError and MissingError."""
+def build_empty_model(setup: Setup, *, layers: Sequence[int] | None = None) -> torch.nn.Module:
+    """The same model on the meta device, without memory or values: never with pretrained weights, and cut to those of its
+    ``layers`` that are given. Raises InputError and MissingError."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

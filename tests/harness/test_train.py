@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import harness.train
+import harness.train_rank
 from estimator.errors import DoesNotFitError, InputError
 from estimator.result import Estimate
 from estimator.setup import Setup
@@ -123,7 +124,7 @@ def test_the_model_that_was_trained_can_be_trained_again(plan: Plan, tmp_path: P
 
 def test_a_finished_run_is_read_and_not_trained_again(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train(plan())
-    monkeypatch.setattr(harness.train, "build_model", lambda *args, **kwargs: pytest.fail("it trains again"))
+    monkeypatch.setattr(harness.train_rank, "build_model", lambda *args, **kwargs: pytest.fail("it trains again"))
     assert train(plan()) == result
 
 
@@ -246,7 +247,7 @@ def interrupt_after(step: int, asked: TrainPlan) -> None:
 def test_what_cannot_fit_in_memory_is_refused_before_anything_is_built_or_kept(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.train, "build_model", lambda *args, **kwargs: pytest.fail("it was built"))
+    monkeypatch.setattr(harness.train_rank, "build_model", lambda *args, **kwargs: pytest.fail("it was built"))
     with pytest.raises(DoesNotFitError, match=r"memory: a step needs \d+\.\d+ GiB .* GiB free; .* --force"):
         train(plan(setup={"model": "llama-3.1-70b"}))
     assert not plan().out.exists()
@@ -257,13 +258,13 @@ def test_on_a_gpu_what_others_hold_is_read_before_anything_initialises_cuda(
 ) -> None:
     order: list[str] = []
 
-    def arguments(plan: TrainPlan) -> None:
+    def arguments(plan: TrainPlan, device: LocalDevice, *, launches: bool) -> None:
         order.append("arguments")
         raise InputError("far enough")
 
     gpu = LocalDevice(name="RTX-3090", kind="cuda", description="x", capacity_bytes=2**34, free_bytes=2**34)
     monkeypatch.setattr(harness.train, "local_device", lambda: gpu)
-    monkeypatch.setattr(harness.train, "memory_meter", lambda device: order.append(f"meter of {device.kind}"))
+    monkeypatch.setattr(harness.train, "memory_meter", lambda device, number: order.append(f"meter of {device.kind}"))
     monkeypatch.setattr(harness.train, "_check_arguments", arguments)
     with pytest.raises(InputError, match="far enough"):
         train(plan())
@@ -335,7 +336,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(plan: Plan) ->
     ("setup", "message"),
     [
         ({"accelerator": "h100-sxm-80gb"}, "accelerator: h100-sxm-80gb is not what this machine has"),
-        ({"accelerators": 8}, "can be estimated but not run on this machine"),
+        ({"accelerators": 4, "pipeline_parallel": 2}, "pipeline_parallel: 2 can be estimated but not run here"),
+        ({"accelerators": 2, "sharding": "zero3"}, "sharding: zero3 can be estimated but not run here"),
         ({"framework": "megatron"}, "framework: megatron can be estimated but not run here"),
         ({"precision": "fp16-mixed"}, "precision: fp16 autocast"),
         ({"model": "no-such-model"}, "model: 'no-such-model' is not in the catalog"),
@@ -345,7 +347,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(plan: Plan) ->
 def test_what_cannot_run_here_is_refused_before_any_work(
     plan: Plan, setup: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.train, "build_model", lambda *args, **kwargs: pytest.fail("it was built"))
+    monkeypatch.setattr(harness.train_rank, "build_model", lambda *args, **kwargs: pytest.fail("it was built"))
     with pytest.raises(InputError) as raised:
         train(plan(setup=setup))
     assert message in str(raised.value)

@@ -60,7 +60,8 @@ def train(
     """Run the full fine-tune, and compare it with the estimate.
 
     What cannot fit in memory or on the disk is refused beforehand. A run that was killed goes on from its last checkpoint
-    when the same command is given again.
+    when the same command is given again. With --gpus N it starts a process for each; started by torchrun, on any number of
+    machines, it is one of them.
     """
     import sys
     from dataclasses import replace
@@ -69,6 +70,7 @@ def train(
     from harness.checkpoints import checkpoints
     from harness.plan import TrainPlan
     from harness.train import train as run
+    from harness.world import joined_world
     from profiler.device import local_device
     from vramcalc.calibrations import find_calibration
     from vramcalc.train_display import TrainDisplay
@@ -92,6 +94,7 @@ def train(
     )
     here = replace(setup, accelerator=setup.accelerator or local_device().name)
     laws, name, _ = find_calibration(calibration, here)
+    joined = joined_world()
     try:
         with TrainDisplay() as display:
             result = run(
@@ -102,10 +105,14 @@ def train(
                 calibration_name=name,
             )
     except KeyboardInterrupt:
+        if joined is not None and not joined.is_main:
+            raise
         saved = checkpoints(out) if out.is_dir() else []
         where = saved[-1].path if saved else "the beginning: no checkpoint was written yet"
         print(f"the same command goes on from {where}", file=sys.stderr)
         raise
+    if joined is not None and not joined.is_main:
+        return  # of what torchrun started, the first speaks
     if json_output:
         from harness.train_result import to_document
         from reports.document import render_json
