@@ -11,6 +11,7 @@ from typing import Any
 from estimator.grid import grid_device_bytes, setup_grid
 from estimator.hardware import find_accelerator
 from estimator.model.catalog import resolve_model
+from estimator.planning.bulk import host_suffices
 from estimator.planning.layouts import layouts
 from estimator.planning.space import Space
 from estimator.setup import Setup
@@ -32,15 +33,33 @@ class Largest:
     seq_setup: Setup | None
 
 
-def largest(space: Space, reserve_bytes: int, *, fits: Callable[[Setup], bool] | None = None) -> Largest:
-    """By the formula; with ``fits`` (a dry run) the answer is moved until it fits and the next one does not."""
-    batch, batch_setup = _largest(space, reserve_bytes, "batch", fits)
-    seq, seq_setup = _largest(space, reserve_bytes, "seq", fits)
+def largest(
+    space: Space,
+    reserve_bytes: int,
+    *,
+    host_memory_bytes: int | None = None,
+    fits: Callable[[Setup], bool] | None = None,
+) -> Largest:
+    """By the formula; with ``fits`` (a dry run) the answer is moved until it fits and the next one does not.
+
+    Offloading, which takes host memory and time, counts only where it was asked for or nothing fits without.
+    """
+    if "offload" not in space.given:
+        plain = dataclasses.replace(space, given={**space.given, "offload": (None,)})
+        found = largest(plain, reserve_bytes, fits=fits)
+        if found.batch is not None or found.seq is not None:
+            return found
+    batch, batch_setup = _largest(space, reserve_bytes, host_memory_bytes, "batch", fits)
+    seq, seq_setup = _largest(space, reserve_bytes, host_memory_bytes, "seq", fits)
     return Largest(batch=batch, batch_setup=batch_setup, seq=seq, seq_setup=seq_setup)
 
 
 def _largest(
-    space: Space, reserve_bytes: int, axis: str, fits: Callable[[Setup], bool] | None
+    space: Space,
+    reserve_bytes: int,
+    host_memory_bytes: int | None,
+    axis: str,
+    fits: Callable[[Setup], bool] | None,
 ) -> tuple[int | None, Setup | None]:
     best: tuple[int, Setup | None] = (0, None)
     shape = resolve_model(space.given["model"][0])
@@ -49,14 +68,19 @@ def _largest(
         if not len(numbers["accelerators"]):
             continue
         values = _bisected(shape, base, numbers, axis, usable_bytes, reserve_bytes)
+        if axis == "seq":  # in such steps, where that is no loss
+            values -= values % _PRECISION[axis] * (values >= 16 * _PRECISION[axis])
         index = int(values.argmax())
         if values[index] > best[0]:
             chosen: dict[str, Any] = {name: int(column[index]) for name, column in numbers.items()}
-            there = dataclasses.replace(base, data_parallel=None, **chosen, **_point(axis, int(values[index])))
-            best = (int(values[index]), there.resolved())
+            there = dataclasses.replace(
+                base, data_parallel=None, **chosen, **_point(axis, int(values[index]))
+            ).resolved()
+            if host_suffices(shape, there, host_memory_bytes):
+                best = (int(values[index]), there)
     value, setup = best
     if fits is not None:
-        tried = setup or _smallest(space, axis)
+        tried = setup or (_smallest(space, axis) if host_memory_bytes is None else None)
         if tried is None:
             return None, None
         value = _moved(tried, axis, max(value, 1), fits)

@@ -56,6 +56,10 @@ def _can_be(shape: ModelShape, base: Setup, flat: Columns) -> Columns:
     flat = kept(flat, flat["accelerators"] % model == 0)
     grid = setup_grid(base, **flat)
     alone = grid.data_ranks * grid.context_parallel == 1
-    mask = possible(shape, grid) & (alone if base.sharding == "none" else ~alone)
+    mask = possible(shape, grid)
+    if base.sharding == "none":
+        mask &= alone
+    elif base.offload is None or base.sharding == "fsdp":  # DeepSpeed offloads what one device has as well
+        mask &= ~alone
     mask &= (grid.tensor_parallel <= grid.gpus_per_node) & (grid.expert_parallel <= grid.accelerators)
     return kept(flat, mask)

@@ -108,9 +108,9 @@ class RunClock:
         """The wall time alone."""
         return self._spread(lambda pace: self._total(steps, pace))
 
-    def middle_seconds(self, steps: int) -> float:
-        """The wall time without its interval, which takes many times as long."""
-        return self._total(steps, self.middle)
+    def middle_seconds(self, steps: int, step_seconds: float) -> float:
+        """The wall time of steps of another length, without its interval, which takes many times as long."""
+        return self._total(steps, dataclasses.replace(self.middle, step_seconds=step_seconds), paced=step_seconds)
 
     def _spread(self, measure: Callable[[_Pace], float]) -> Interval:
         """The factors vary independently: what each moves alone adds in squares."""
@@ -125,40 +125,49 @@ class RunClock:
     def _between_failures(self, pace: _Pace) -> float:
         return 3600 / (pace.failures_per_gpu_hour * self.accelerators)
 
-    def _total(self, steps: int, pace: _Pace) -> float:
-        return sum(self._parts(steps, pace).values())
+    def _total(self, steps: int, pace: _Pace, *, paced: float | None = None) -> float:
+        return sum(self._parts(steps, pace, paced=paced).values())
 
-    def _parts(self, steps: int, pace: _Pace) -> dict[str, float]:
+    def _parts(self, steps: int, pace: _Pace, *, paced: float | None = None) -> dict[str, float]:
+        """``paced``: seconds of a step that checkpoints are planned for, where not the middle's."""
+        segments = self._segments(steps, paced)
         write = self.write_bytes / pace.disk_bytes_per_second
         parts = {
             "start-up": pace.start_seconds + pace.compile_seconds + self.read_bytes / pace.disk_bytes_per_second,
             "steps": steps * pace.step_seconds * pace.rework,
             "evaluation": self._evaluations(steps) * self.evaluation_steps * pace.step_seconds * pace.forward_doubt,
-            "checkpoints": self._checkpoints(steps) * write,
+            "checkpoints": _whole(segments, steps) * write,
         }
         between = self._between_failures(pace)
-        segment = steps / max(self._segments(steps), 1.0)
+        segment = steps / max(segments, 1.0)
         exposed = min((segment * pace.step_seconds + write) / between, _NEVER)
         restart = min(pace.restart_seconds / between, _NEVER)
         stretch = math.exp(restart) * (math.expm1(exposed) / exposed if exposed else 1.0)
         return parts | {"failures": sum(parts.values()) * (stretch - 1.0)}
 
-    def _segments(self, steps: int) -> float:
+    def _segments(self, steps: int, paced: float | None = None) -> float:
         """Stretches between checkpoints, a fraction where the last one is short."""
         if self.cadence.save_every_steps is not None:
             return steps / self.cadence.save_every_steps
         write = self.write_bytes / self.middle.disk_bytes_per_second
-        by_failures = steps / optimal_steps(write, self._between_failures(self.middle), self.middle.step_seconds)
+        by_failures = steps / optimal_steps(
+            write, self._between_failures(self.middle), paced or self.middle.step_seconds
+        )
         return max(min(math.ceil(self.cadence.epochs), steps), by_failures)
 
     def _checkpoints(self, steps: int) -> int:
-        return min(max(math.ceil(self._segments(steps)), 1), steps)
+        return _whole(self._segments(steps), steps)
 
     def _evaluations(self, steps: int) -> int:
         if not self.cadence.eval_samples:
             return 0
         every = self.cadence.eval_every_steps
         return math.ceil(self.cadence.epochs) if every is None else math.ceil(steps / every)
+
+
+def _whole(segments: float, steps: int) -> int:
+    """Checkpoints of so many stretches."""
+    return min(max(math.ceil(segments), 1), steps)
 
 
 _FORMULAS = {

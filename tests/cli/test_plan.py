@@ -97,11 +97,11 @@ def test_the_command_line_understands_the_command_of_every_plan(arguments: str) 
 
 
 def test_methods_that_do_not_fit_are_named_beside_those_that_do() -> None:
-    arguments = "--params 8e9 --gpu rtx-3090 --gpus 1 --method full,lora,qlora --seq 1024 --samples 10000 --no-dry-run"
+    arguments = "--params 13e9 --gpu rtx-3090 --gpus 1 --method full,lora,qlora --seq 1024 --samples 10000 --no-dry-run"
     document = plans_of(arguments)
     assert {found["setup"]["method"] for found in document["plans"]} == {"qlora"}
-    lora, full = document["misses"]
-    assert (lora["setup"]["method"], full["setup"]["method"]) == ("lora", "full") and 0 < lora["bytes"] < full["bytes"]
+    near, far = document["misses"]
+    assert {near["setup"]["method"], far["setup"]["method"]} == {"lora", "full"} and 0 < near["bytes"] < far["bytes"]
     assert "does not fit: the nearest is" in run_plan(arguments).stdout.replace("\n  ", " ")
 
 
@@ -138,10 +138,21 @@ def test_a_narrow_terminal_breaks_no_flag_and_what_train_does_not_run_is_said() 
     assert all(len(line) <= 60 for line in done.stdout.splitlines())
     commands = [text.split("\n\n")[0].split() for text in done.stdout.split("$ vramcalc train ")[1:]]
     assert commands and all(not word.endswith("-") for words in commands for word in words)
-    said = "`vramcalc train` itself runs hf-trainer on one device"
+    said = "`vramcalc train` itself runs none of these plans"
     assert said in " ".join(done.stdout.split())
     one = run_plan("--model nano --gpu h100 --gpus 1 --samples 1000 --no-dry-run")
-    assert one.returncode == 0 and said not in " ".join(one.stdout.split())
+    assert one.returncode == 0 and "`vramcalc train` itself" not in " ".join(one.stdout.split())
+
+
+def test_what_would_be_cheaper_and_what_the_limits_would_take_is_said() -> None:
+    arguments = "--model llama-3.1-8b --gpu rtx-4090 --gpus 1 --seq 2048 --samples 1000 --no-dry-run"
+    document = plans_of(arguments)
+    (found,) = document["plans"]
+    assert found["setup"]["offload"] and not found["trains"] and "--offload" in found["command"]
+    (other,) = (other for other in document["alternatives"] if other["flags"] == "--method qlora")
+    assert other["setup"]["method"] == "qlora" and other["run"]["cost_usd"]["value"] < found["run"]["cost_usd"]["value"]
+    text = " ".join(run_plan(arguments + " --deadline 1m").stdout.split())
+    assert "none keeps the deadline: the fastest takes" in text
 
 
 def _setup_of(words: list[str]) -> dict[str, Any]:
@@ -182,6 +193,10 @@ def test_a_narrow_terminal_is_kept_to() -> None:
         ("--model nano --method full,magic", "method"),
         ("--model nano --budget 0", "budget"),
         ("--model nano --deadline 0h", "deadline"),
+        ("--model nano --deadline 1h", "deadline"),
+        ("--model nano --gpu h100 --gpus 4,8 --max-gpus 4 --samples 100", "max_gpus"),
+        ("--model nano --budget 100", "budget"),
+        ("--model nano --gpu h100 --samples 100 --host-memory some", "host_memory"),
         ("--model nano --owned --price 3", "owned"),
         ("--model nano --gpu h100 --gpus 1 --batch 2 --global-batch 7", "global_batch"),
     ],

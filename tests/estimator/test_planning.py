@@ -10,6 +10,7 @@ import pytest
 from estimator.errors import InputError
 from estimator.estimate import estimate
 from estimator.model.catalog import resolve_model
+from estimator.planning.alternatives import alternatives
 from estimator.planning.largest import largest
 from estimator.planning.layouts import candidates
 from estimator.planning.search import Limits, plan
@@ -27,7 +28,8 @@ ONE_CARD = {
 
 
 def test_the_front_is_faster_and_dearer_in_order_and_fits() -> None:
-    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]}, most_accelerators=16)
+    devices = {"accelerator": ["h100", "a100", "rtx-4090", "b200"], "accelerators": ["1", "2", "4", "8", "16"]}
+    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]} | devices)
     plans = plan(space, REQUEST, NO_LIMITS)
     assert len(plans.front) > 2 and plans.fitting <= plans.searched
     paces = [_pace(found) for found in plans.front]
@@ -55,6 +57,8 @@ def test_no_setup_of_the_space_beats_a_plan_in_both() -> None:
     shape = resolve_model("qwen2.5-0.5b")
     seen = 0
     for base in space.bases():
+        if base.offload:  # every count of these has what fits without
+            continue
         columns = candidates(space, shape, base, space.sequences_per_step(10**8))
         for index in range(len(columns["batch"])):
             numbers = {name: int(values[index]) for name, values in columns.items()}
@@ -78,7 +82,8 @@ def _pace(found: object) -> tuple[float, float]:
 
 
 def test_limits_are_kept_by_the_whole_run() -> None:
-    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]}, most_accelerators=16)
+    devices = {"accelerator": ["h100", "a100", "rtx-4090"], "accelerators": ["1", "2", "8"]}
+    space = Space.of({"model": ["qwen2.5-1.5b"], "seq": ["2048"]} | devices)
     free = plan(space, REQUEST, NO_LIMITS).front
     assert free[0].run and free[-1].run and free[0].run.cost_usd
     deadline = plan(space, REQUEST, Limits(hours=free[0].run.hours.value * 1.5)).front
@@ -88,7 +93,9 @@ def test_limits_are_kept_by_the_whole_run() -> None:
         found.run and found.run.cost_usd and found.run.cost_usd.value <= free[0].run.cost_usd.value / 2
         for found in budget
     )
-    assert not plan(space, REQUEST, Limits(hours=1e-6)).front
+    none = plan(space, REQUEST, Limits(hours=1e-6))
+    assert not none.front and none.least_hours == pytest.approx(free[0].run.hours.value, rel=0.02)
+    assert none.least_usd == pytest.approx(free[-1].run.cost_usd.value, rel=0.02)  # type: ignore[union-attr]
 
 
 def test_methods_are_compared_where_several_are_given() -> None:
@@ -112,6 +119,66 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
     plans = plan(space, REQUEST, NO_LIMITS)
     assert not plans.front and not plans.fitting
     assert plans.nearest is not None and plans.nearest.setup.checkpointing == "full" and plans.nearest.bytes > 100 * GIB
+
+
+ONE_CARD_FULL = {"model": ["llama-3.1-8b"], "seq": ["2048"], "accelerator": ["rtx-4090"], "accelerators": ["1"]}
+
+
+def test_offloading_is_what_is_left_where_nothing_else_fits() -> None:
+    plans = plan(Space.of(ONE_CARD_FULL), REQUEST, NO_LIMITS)
+    assert plans.front and all(found.setup.offload for found in plans.front)
+    by_hand = estimate(
+        Setup(model="llama-3.1-8b", framework="hf-trainer+deepspeed", sharding="zero2", offload="optimizer",
+              checkpointing="full", seq=2048, accelerator="rtx-4090")
+    )  # fmt: skip
+    assert by_hand.fits.fits
+    roomy = plan(Space.of(ONE_CARD_FULL | {"accelerator": ["b200"]}), REQUEST, NO_LIMITS)
+    assert roomy.front and not any(found.setup.offload for found in roomy.front)
+    asked = plan(Space.of(ONE_CARD_FULL | {"accelerator": ["b200"], "offload": ["optimizer+parameters"], "framework":
+                 ["hf-trainer+deepspeed"], "sharding": ["zero3"]}), REQUEST, NO_LIMITS)  # fmt: skip
+    assert asked.front and all(found.setup.offload for found in asked.front)
+
+
+def test_offloading_has_to_fit_the_host() -> None:
+    little = dataclasses.replace(REQUEST, host_memory_bytes=64 * GIB)
+    space = Space.of(ONE_CARD_FULL)
+    assert not plan(space, little, NO_LIMITS).fitting
+    assert largest(space, 0, host_memory_bytes=64 * GIB).batch is None
+    found = largest(space, 0)
+    assert found.batch_setup is not None and found.batch_setup.offload
+    # Nobody's machine has the 6 TB that 405B in full would take, though a device would do.
+    assert not plan(Space.of(ONE_CARD_FULL | {"model": ["llama-3.1-405b"]}), REQUEST, NO_LIMITS).fitting
+
+
+def test_other_methods_are_named_where_they_are_cheaper_or_all_that_fits() -> None:
+    space = Space.of(ONE_CARD_FULL)
+    plans = plan(space, REQUEST, NO_LIMITS)
+    found = alternatives(space, REQUEST, NO_LIMITS, plans)
+    for other in found:
+        assert _pace(other.found)[1] < 0.9 * _pace(plans.front[-1])[1] and other.found.fits.fits
+    asked = Space.of(ONE_CARD_FULL | {"method": ["full"]})
+    assert not {"--method lora", "--method qlora"} & {o.flags for o in alternatives(asked, REQUEST, NO_LIMITS, plans)}
+    little = dataclasses.replace(REQUEST, host_memory_bytes=64 * GIB)
+    nothing = plan(asked, little, NO_LIMITS)
+    assert "--method qlora" in {other.flags for other in alternatives(asked, little, NO_LIMITS, nothing)}
+
+
+def test_without_data_plans_are_of_a_billion_tokens_and_keep_no_limit() -> None:
+    space = Space.of(ONE_CARD_FULL | {"model": ["qwen2.5-0.5b"]})
+    plans = plan(space, RunRequest(), NO_LIMITS)
+    assert plans.assumed_tokens == 10**9 and plans.front[0].run and plans.front[0].run.tokens == 10**9
+    for limits in (Limits(hours=1.0), Limits(usd=10.0)):
+        with pytest.raises(InputError, match="write --dataset-tokens N or --samples N"):
+            plan(space, RunRequest(), limits)
+
+
+def test_a_precision_that_an_accelerator_lacks_does_not_leave_it_out_of_the_others() -> None:
+    space = Space.of(
+        {"model": ["qwen2.5-0.5b"], "precision": ["fp8-mixed", "bf16-mixed"], "accelerator": ["a100"], "accelerators":
+         ["1"], "framework": ["torchtitan"], "sharding": ["none"]}
+    )  # fmt: skip
+    plans = plan(space, REQUEST, NO_LIMITS)
+    assert {found.setup.precision for found in plans.front} == {"bf16-mixed"}
 
 
 def test_a_denied_plan_makes_way_for_the_next() -> None:
@@ -181,7 +248,7 @@ def test_the_largest_is_where_the_estimate_turns() -> None:
     request = RunRequest(reserve_bytes=2 * GIB)
     for setup, name, value in ((found.batch_setup, "batch", found.batch), (found.seq_setup, "seq", found.seq)):
         assert estimate(setup, request=request).fits.fits
-        more = dataclasses.replace(setup, **{name: value + max(1, value // 500)})  # type: ignore[arg-type]
+        more = dataclasses.replace(setup, **{name: value + (1 if name == "batch" else 96)})  # type: ignore[arg-type]
         assert estimate(more, request=request).fits.fits is False
 
 
