@@ -29,15 +29,15 @@ class DdpLoop(Loop):
         pair = [self._take("temporaries", sent) for _ in range(2)]
         for index in pair:
             self._tracker.stream.death(index, None)
-        layers = decoder_layers(self._model)
-        middle = {id(p) for p in layers[len(layers) // 2].parameters()}
         trained = [(size, p) for size, p in every if p.requires_grad]
-        self._take(
-            "communication", sum(size for size, _ in trained), sum(size for size, p in trained if id(p) in middle)
-        )
+        layers = {
+            index: sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
+            for index, layer in enumerate(decoder_layers(self._model))
+        }
+        self._take("communication", sum(size for size, _ in trained), layers)
 
-    def _take(self, category: str, amount: int, per_layer: int = 0) -> int:
+    def _take(self, category: str, amount: int, layers: dict[int, int] | None = None) -> int:
         storage = Storage(
-            bytes=amount, category=category, layer=None, holder="DDP's reducer", per_layer_bytes=per_layer
+            bytes=amount, category=category, layer=None, holder="DDP's reducer", bytes_of_layers=layers or {}
         )
         return self._tracker.stream.birth(storage, None)

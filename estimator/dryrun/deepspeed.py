@@ -33,12 +33,11 @@ class DeepSpeedLoop(Loop):
         self._stage = int(str(setup.sharding)[-1])
         self._ranks = setup.data_ranks
         self._offloads = setup.offload is not None
-        layers = decoder_layers(model)
-        middle = {id(parameter) for parameter in layers[len(layers) // 2].parameters()}
+        layer_of = {id(p): index for index, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
         # transformers gives matrices weight decay, and norms and biases none: the engine has a flat buffer for each.
         kinds = [p for p in self._trained if p.dim() > 1], [p for p in self._trained if p.dim() <= 1]
-        self._groups = [_Flat(group, middle) for kind in kinds for group in _sub_groups(kind, self._ranks)]
-        self._all = _Flat(self._trained, middle)
+        self._groups = [_Flat(group, layer_of) for kind in kinds for group in _sub_groups(kind, self._ranks)]
+        self._all = _Flat(self._trained, layer_of)
         self._bucket: list[torch.Tensor] = []
         self._states_live = False
         self._micro_batches = 0
@@ -56,7 +55,7 @@ class DeepSpeedLoop(Loop):
         shared = 1 if self._stage < 3 else self._ranks
         frozen = [p for p in self._model.parameters() if not p.requires_grad]
         if frozen:
-            self._take("parameters", _Flat(frozen, self._all.middle), _HALF / shared)
+            self._take("parameters", _Flat(frozen, self._all.layer_of), _HALF / shared)
         self._rotary_tables()
         for group in self._groups:
             self._take("parameters", group, _HALF / shared)
@@ -73,7 +72,7 @@ class DeepSpeedLoop(Loop):
             if not self._offloads:
                 self._take("gradients", self._all, _HALF / self._ranks)
         elif self._offloads:  # where one gradient at a time is added up on its way to the host
-            self._take("communication", _Flat([max(self._trained, key=lambda p: p.numel())], set()), _HALF)
+            self._take("communication", _Flat([max(self._trained, key=lambda p: p.numel())], {}), _HALF)
         if self._stage > 1:
             for parameter in self._trained:
                 parameter.register_post_accumulate_grad_hook(self._collect)
@@ -86,7 +85,8 @@ class DeepSpeedLoop(Loop):
         positions = rotary_positions(shape.name)
         if positions is not None:
             layer = 2 * positions * shape.head_dim * _HALF
-            self._take_bytes("parameters", layer * len(decoder_layers(self._model)), layer)
+            layers = len(decoder_layers(self._model))
+            self._take_bytes("parameters", layer * layers, dict.fromkeys(range(layers), layer))
 
     # --- backward -------------------------------------------------------------------------------------------------
 
@@ -133,12 +133,12 @@ class DeepSpeedLoop(Loop):
             return
         if self._stage == 3:
             if len(self._bucket) > 1:
-                flat = _Flat(self._bucket, self._all.middle)
+                flat = _Flat(self._bucket, self._all.layer_of)
                 self._give(self._take("communication", flat, _HALF, self._reducing))
         elif not self._offloads and "arriving" not in self._buffers:
             self._buffers["arriving"] = self._take("gradients", self._all, _HALF / self._ranks)
         if self._offloads:
-            largest = _Flat([max(self._bucket, key=lambda p: p.numel())], set())
+            largest = _Flat([max(self._bucket, key=lambda p: p.numel())], {})
             self._give(self._take("temporaries", largest, _FULL / self._ranks))
         for parameter in self._bucket:
             parameter.grad = None
@@ -162,7 +162,7 @@ class DeepSpeedLoop(Loop):
             self._give(infinite)
             self._give(magnitude)
         for parameter in self._trained:
-            self._give(self._take("temporaries", _Flat([parameter], set()), _DOUBLE / self._ranks))
+            self._give(self._take("temporaries", _Flat([parameter], {}), _DOUBLE / self._ranks))
         for group in self._groups:
             flat = self._take("gradients", group, _HALF / self._ranks)
             wide = self._take("gradients", group, _FULL / self._ranks)
@@ -179,11 +179,14 @@ class DeepSpeedLoop(Loop):
 
     def _take(self, category: str, flat: _Flat, width: float, stream: int = 0) -> int:
         """``width`` bytes for each element, of which further layers bring more."""
-        return self._take_bytes(category, round(flat.elements * width), round(flat.of_a_layer * width), stream)
+        layers = {layer: round(elements * width) for layer, elements in flat.of_layers.items()}
+        return self._take_bytes(category, round(flat.elements * width), layers, stream)
 
-    def _take_bytes(self, category: str, amount: int, per_layer: int = 0, stream: int = 0) -> int:
+    def _take_bytes(
+        self, category: str, amount: int, layers: dict[int, int] | None = None, stream: int = 0
+    ) -> int:
         storage = Storage(
-            bytes=amount, category=category, layer=None, holder="DeepSpeed", per_layer_bytes=per_layer, stream=stream
+            bytes=amount, category=category, layer=None, holder="DeepSpeed", bytes_of_layers=layers or {}, stream=stream
         )
         return self._tracker.stream.birth(storage, None)
 
@@ -192,12 +195,16 @@ class DeepSpeedLoop(Loop):
 
 
 class _Flat:
-    """Parameters in one buffer: how many elements, and how many of them are the middle layer's."""
+    """Parameters in one buffer: how many elements, and how many of them each layer has."""
 
-    def __init__(self, parameters: list[torch.Tensor], middle: set[int]) -> None:
-        self.middle = middle
+    def __init__(self, parameters: list[torch.Tensor], layer_of: dict[int, int]) -> None:
+        self.layer_of = layer_of
         self.elements = sum(parameter.numel() for parameter in parameters)
-        self.of_a_layer = sum(parameter.numel() for parameter in parameters if id(parameter) in middle)
+        self.of_layers: dict[int, int] = {}
+        for parameter in parameters:
+            layer = layer_of.get(id(parameter))
+            if layer is not None:
+                self.of_layers[layer] = self.of_layers.get(layer, 0) + parameter.numel()
 
 
 def _sub_groups(parameters: list[Any], ranks: int) -> list[list[Any]]:

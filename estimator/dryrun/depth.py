@@ -1,109 +1,92 @@
 """A stream of a few layers written out for many.
 
 In a step the decoder layers are visited in sweeps: up in the forward pass, down in backward, parameter by parameter in
-the optimizer. Each sweep is cut into one unit per layer. Where the units of the inner layers are the same but for the layer
-they are about, the unit of the middle one is repeated; everything else stays. Otherwise the model has to be run in full.
+the optimizer. Each sweep is cut into one unit per layer, and a layer that was not run is written as the unit of the one that
+stands for it (``cut.Cut``). Where layers with the same neighbours did not do the same, or a unit means what only its own
+layer has, the model has to be run in full.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
+from estimator.dryrun.cut import Cut
 from estimator.dryrun.events import BIRTH, PHASE, Event, Stream
 
 # Births are named by where in the stream they stand: (sweep or piece, layer or None, how manieth birth of the unit). A
 # workspace, which only the first layer to need one allocates, is counted apart, from -1 down.
 _Name = tuple[int, int | None, int]
 
+_REACH = 2
+"""How many layers away a unit means a neighbour's storages; beyond that it means a certain layer's."""
 
-def write_out(stream: Stream, *, run: int, layers: int) -> Stream | None:
-    """The stream of ``layers`` decoder layers from that of ``run`` (5 or more, an odd number's middle is repeated).
 
-    ``None`` where the inner layers are not alike.
+def write_out(stream: Stream, cut: Cut) -> Stream | None:
+    """The stream of all layers from that of those that were run.
+
+    ``None`` where they do not say what the others do.
     """
-    if run >= layers:
+    if len(cut.kept) == len(cut.samples):
         return stream
-    pieces = _cut(stream.events, run)
+    pieces = _cut(stream.events)
     names = _names(pieces, stream)
-    middle = run // 2
     for piece in pieces:
-        if isinstance(piece, list):
-            if any(event.layer == middle for event in piece):
-                return None  # the middle layer's events outside a sweep: nobody knows where its copies' would be
-            continue
-        inner = [_relative(piece.units[layer], layer, names, stream, run) for layer in range(middle - 1, middle + 2)]
-        if inner[0] != inner[1] or inner[1] != inner[2]:
+        if isinstance(piece, _Sweep) and not _alike(piece, cut, names, stream):
             return None
-    return _Writer(stream, pieces, names, run=run, layers=layers).write()
+    return _Writer(stream, pieces, names, cut).write()
 
 
+@dataclass(slots=True)
 class _Sweep:
-    """One visit of the layers in order: units by layer."""
+    """One visit of the layers in order: units by layer, up or down; some layers may be left out."""
 
-    def __init__(self, order: range, units: dict[int, list[Event]]) -> None:
-        self.order, self.units = order, units
+    units: dict[int, list[Event]]
+    up: bool = True
 
 
-def _cut(events: list[Event], run: int) -> list[list[Event] | _Sweep]:
-    """Alternating stretches outside sweeps, and sweeps."""
+def _cut(events: list[Event]) -> list[list[Event] | _Sweep]:
+    """Stretches outside sweeps, and sweeps. Events of no layer belong to the unit that they follow, but for those after the
+    last layer's, which are outside."""
     pieces: list[list[Event] | _Sweep] = []
-    loose: list[Event] = []
     position = 0
     while position < len(events):
-        event = events[position]
-        sweep = None
-        if event.layer is not None and event.layer < run // 2:
-            sweep = _sweep_at(events, position, range(event.layer, run))
-        elif event.layer == run - 1:
-            sweep = _sweep_at(events, position, range(run - 1, -1, -1))
-        if sweep is None:
-            loose.append(event)
+        start = position
+        while position < len(events) and events[position].layer is None:
             position += 1
-            continue
-        pieces.append(loose)
-        loose = []
-        pieces.append(_Sweep(sweep[0], sweep[1]))
-        position = sweep[2]
-    pieces.append(loose)
+        if position > start:
+            pieces.append(events[start:position])
+        if position < len(events):
+            sweep, position = _sweep_at(events, position)
+            pieces.append(sweep)
     return pieces
 
 
-def _sweep_at(events: list[Event], start: int, order: range) -> tuple[range, dict[int, list[Event]], int] | None:
-    """The sweep that begins at ``start``, its units and where it ends; ``None`` if the layers don't follow in order.
-
-    A sweep may leave out the first layers, which are dense in some mixtures of experts, but none from before the middle on.
-    Events of no layer belong to the unit that they follow, but for those after the last layer's, which are outside.
-    """
-    units: dict[int, list[Event]] = {order[0]: []}
-    current, position, end = 0, start, start
-    while position < len(events):
+def _sweep_at(events: list[Event], start: int) -> tuple[_Sweep, int]:
+    """The sweep that begins at ``start``, and where it ends: before the layers turn, or a phase begins."""
+    current = events[start].layer
+    assert current is not None
+    sweep, step, end = _Sweep({current: []}), 0, start
+    unit = sweep.units[current]
+    for position in range(start, len(events)):
         event = events[position]
         if event.kind == PHASE:
             break
-        if event.layer is not None and event.layer != order[current]:
-            if current + 1 == len(order) or event.layer != order[current + 1]:
+        if event.layer is None:
+            continue
+        if event.layer != current:
+            turn = 1 if event.layer > current else -1
+            if step and turn != step:
                 break
-            current += 1
-            units[order[current]] = []
-        units[order[current]].append(event)
-        position += 1
-        if event.layer is not None:
+            step, current = turn, event.layer
+            unit += events[end:position]
+            unit = sweep.units[current] = []
             end = position
-    if current + 1 < len(order) and (order.step > 0 or order[current] >= len(order) // 2):
-        return None
-    order = order[: current + 1]
-    last = units[order[current]]
-    del last[len(last) - (position - end) :]
-    if position < len(events) and events[position].layer == order[-2]:
-        # It turns at once, as lists do that are filled from the front and freed from the back: the last layer's events
-        # are of both sweeps.
-        turn = end - len(last) + len(units[order[-2]])
-        back = next((i for i in range(turn, end) if events[i].layer is not None), end)
-        if back < end and _sweep_at(events, back, order[::-1]) is not None:
-            del last[len(units[order[-2]]) :]
-            end = turn
-    return order, units, end
+        unit += events[end : position + 1]
+        end = position + 1
+    sweep.up = step >= 0
+    return sweep, end
 
 
 def _names(pieces: list[list[Event] | _Sweep], stream: Stream) -> dict[int, _Name]:
@@ -124,8 +107,28 @@ def _names(pieces: list[list[Event] | _Sweep], stream: Stream) -> dict[int, _Nam
     return names
 
 
-def _relative(unit: list[Event], layer: int, names: dict[int, _Name], stream: Stream, run: int) -> list[object]:
-    """A unit with layers counted from its own."""
+def _alike(sweep: _Sweep, cut: Cut, names: dict[int, _Name], stream: Stream) -> bool:
+    """Whether layers with the same neighbours have the same units.
+
+    A visit of none that are repeated is of the ends alone.
+    """
+    if all(cut.repeats[layer] == 1 for layer in sweep.units):
+        return True
+    found: dict[Hashable, list[object] | None] = {}
+    for layer, neighbours in enumerate(cut.neighbours):
+        unit = sweep.units.get(layer)
+        relative = None if unit is None else _relative(unit, layer, names, stream)
+        if found.setdefault(neighbours, relative) != relative:
+            return False
+    return True
+
+
+def _is_far(born: int | None, layer: int) -> bool:
+    return born is None or abs(born - layer) > _REACH
+
+
+def _relative(unit: list[Event], layer: int, names: dict[int, _Name], stream: Stream) -> list[object]:
+    """A unit with layers counted from its own, and without the ends of what is not from nearby: the last visitor's matter."""
     found: list[object] = []
     for event in unit:
         piece, born, position = names[event.index]
@@ -133,53 +136,52 @@ def _relative(unit: list[Event], layer: int, names: dict[int, _Name], stream: St
         own = None if storage.layer is None else storage.layer - layer
         if event.kind == BIRTH:
             found.append((BIRTH, storage.bytes, storage.category, own, storage.stream))
-        else:
-            found.append((event.kind, piece, None if born is None else born - layer, position))
+        elif born is not None and not _is_far(born, layer):
+            found.append((event.kind, piece, born - layer, position))
     return found
 
 
+class _Unlike(Exception):
+    """A unit means what the layer that it is repeated for has not."""
+
+
 class _Writer:
-    def __init__(
-        self, stream: Stream, pieces: list[list[Event] | _Sweep], names: dict[int, _Name], *, run: int, layers: int
-    ) -> None:
-        self._stream, self._pieces, self._names = stream, pieces, names
-        self._run, self._added, self._middle = run, layers - run, run // 2
-        self._layers = layers
-        self._out = Stream(phases=list(stream.phases))
-        self._written: dict[_Name, int] = {}
+    def __init__(self, stream: Stream, pieces: list[list[Event] | _Sweep], names: dict[int, _Name], cut: Cut) -> None:
+        self._stream, self._pieces, self._names, self._deep = stream, pieces, names, cut.kept
+        self._samples, self._repeats = cut.samples, cut.repeats
+        self._out = Stream(phases=list(stream.phases), packages=stream.packages)
+        self._written: dict[_Name, tuple[int, int]] = {}
+        """Of each birth that is not yet dead its number, and that of the storage that it repeats."""
 
-    def write(self) -> Stream:
-        for piece in self._pieces:
-            if isinstance(piece, list):
-                for event in piece:
-                    self._event(event, None, None)
-                continue
-            first, last = self._deep(piece.order[0]), self._deep(piece.order[-1])
-            deep = range(first, last + piece.order.step, piece.order.step)
-            for layer in deep:
-                sample = self._sample(layer)
-                for event in piece.units[sample]:
+    def write(self) -> Stream | None:
+        try:
+            for piece in self._pieces:
+                self._write(piece)
+        except _Unlike:
+            return None
+        died = {event.index for event in self._stream.events if event.kind not in (BIRTH, PHASE)}
+        left = any(sample in died for _, sample in self._written.values())
+        return None if left else self._out
+
+    def _write(self, piece: list[Event] | _Sweep) -> None:
+        if isinstance(piece, list):
+            for event in piece:
+                self._event(event, None, None)
+            return
+        deep = [layer for layer, sample in enumerate(self._samples) if sample in piece.units]
+        deep = deep if piece.up else deep[::-1]
+        last = {self._samples[layer]: layer for layer in deep}
+        for layer in deep:
+            sample = self._samples[layer]
+            for event in piece.units[sample]:
+                # What all layers of a kind share is freed by the last of them.
+                if event.kind == BIRTH or layer == last[sample] or not _is_far(self._names[event.index][1], sample):
                     self._event(event, layer, sample)
-        return self._out
-
-    def _sample(self, layer: int) -> int:
-        """The layer that was run for this one: the first ones and the last ones themselves, between them the middle one."""
-        if layer < self._middle:
-            return layer
-        return max(self._middle, layer - self._added)
-
-    def _deep(self, sample: int) -> int:
-        """A layer that was run, as an event outside a sweep means it: counted from the nearer end."""
-        return sample if sample <= self._middle else sample + self._added
 
     def _meant(self, layer: int, visited: int | None, sample: int | None) -> int:
-        """The layer that an event means by one that was run: relative to its own, but where it is of one end and the other
-        of the other."""
-        if visited is None or sample is None:
-            return self._deep(layer)
-        ends = sorted((layer, sample))
-        if abs(sample - self._middle) > 1 and ends[0] < self._middle < ends[1]:
-            return self._deep(layer)
+        """The layer that an event means by one that was run: nearby relative to its own, else that very one."""
+        if visited is None or sample is None or _is_far(layer, sample):
+            return self._deep[layer]
         return layer + visited - sample
 
     def _event(self, event: Event, visited: int | None, sample: int | None) -> None:
@@ -191,18 +193,21 @@ class _Writer:
         piece, born, position = self._names[event.index]
         if born is not None:
             born = self._meant(born, visited, sample)
-        if event.kind != BIRTH:
-            out.death(self._written.pop((piece, born, position)), visited)
-            return
         storage = self._stream.storages[event.index]
+        if event.kind != BIRTH:
+            written, repeated = self._written.pop((piece, born, position), (-1, -1))
+            known = self._stream.storages[repeated]
+            if written < 0 or (known.bytes, known.category) != (storage.bytes, storage.category):
+                raise _Unlike
+            out.death(written, visited)
+            return
         layer = storage.layer
         if layer is not None:
             layer = self._meant(layer, visited, sample)
         holder = storage.holder if layer == storage.layer else _renumbered(storage.holder, storage.layer, layer)
-        grown = storage.bytes + storage.per_layer_bytes * self._added
-        self._written[piece, born, position] = out.birth(
-            replace(storage, layer=layer, holder=holder, bytes=grown), visited
-        )
+        grown = storage.bytes + sum(size * (self._repeats[part] - 1) for part, size in storage.bytes_of_layers.items())
+        copy = replace(storage, layer=layer, holder=holder, bytes=grown)
+        self._written[piece, born, position] = out.birth(copy, visited), event.index
 
 
 def _renumbered(holder: str, sample: int | None, layer: int | None) -> str:

@@ -21,8 +21,8 @@ class Storage:
     """The decoder layer that it was allocated for; ``None`` outside them."""
     holder: str
     """The module that was running, by name, or the one that owns the parameter."""
-    per_layer_bytes: int = 0
-    """What ``bytes`` grows by with each further layer: of tensors with an element for each parameter."""
+    bytes_of_layers: dict[int, int] = field(default_factory=dict)
+    """What of ``bytes`` each layer brings: of tensors with an element for each parameter."""
     stream: int = 0
 
 
@@ -43,6 +43,8 @@ class Stream:
     storages: list[Storage] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
+    packages: set[str] = field(default_factory=set)
+    """Whose kernels the model asked for, in whose place its own code was run."""
 
     def begin(self, phase: str) -> None:
         self.events.append(Event(PHASE, len(self.phases), None))

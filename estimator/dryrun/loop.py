@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from estimator.building.model import decoder_layers
+from estimator.conventions import splits_by_own_plan
 from estimator.dryrun.compiled import gradients_at_the_end
-from estimator.dryrun.optimizers import build_optimizer
+from estimator.dryrun.optimizers import build_optimizer, by_mesh
 from estimator.dryrun.private_api import run_backward
 from estimator.dryrun.tracker import Tracker
 from estimator.setup import Setup
@@ -25,7 +26,8 @@ class Loop:
         self._optimizer: torch.optim.Optimizer | None = None
         self._half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             setup.autocast or {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}.get(setup.precision, "")
-            if setup.sharding != "fsdp" or setup.base_quantization  # whose gathered weights are half themselves
+            # FSDP's gathered weights are half themselves, where its policy says so.
+            if setup.sharding != "fsdp" or setup.base_quantization or splits_by_own_plan(setup)
             else ""
         )
 
@@ -134,9 +136,23 @@ class Loop:
         if self._optimizer is None:
             self._optimizer = build_optimizer(self._setup, self._trained, self._model, cuda=self._cuda)
         if self._setup.framework in ("hf-trainer", "torchtitan"):
-            torch.nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
+            self._clip()
         self._update(self._optimizer, fresh=fresh)
         self._optimizer.zero_grad(set_to_none=self._setup.zero_grad != "zero")
+
+    def _clip(self) -> None:
+        """Of several meshes each has its own norm (``Trainer._mixed_mesh_grad_norm``)."""
+        groups = [group["params"] for group in by_mesh(self._trained)]
+        if len(groups) == 1:
+            torch.nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
+            return
+        norms = []
+        for parameters in groups:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+            norms.append(getattr(norm, "full_tensor", lambda norm=norm: norm)())
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        for parameters in groups:
+            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, total, foreach=True)
 
     def _update(self, optimizer: torch.optim.Optimizer, *, fresh: bool) -> None:
         # Only the fused optimizer keeps its step counters on the device.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from estimator.dryrun.cut import Cut
 from estimator.dryrun.private_api import TorchDispatchMode, executing_node, next_sequence_number
 from estimator.dryrun.tracker import Tracker
 from estimator.dryrun.work import KINDS, OperatorWork
@@ -54,11 +55,11 @@ class OperatorCounter(TorchDispatchMode):
         """What the batched products of autograd's nodes are, by the nodes' numbers."""
         self._step = 0
 
-    def work(self, *, run: int, layers: int) -> OperatorWork:
-        """Of a step of ``layers`` decoder layers, of which ``run`` were executed: the middle one counts for the others."""
-        found = dict.fromkeys(KINDS, 0.0)
+    def work(self, cut: Cut) -> OperatorWork:
+        """Of a step of all layers: those that were run count as often as they stand for others."""
+        found, repeats = dict.fromkeys(KINDS, 0.0), cut.repeats
         for (kind, layer), amount in self._tally.items():
-            found[kind] += amount * (1 + layers - run if layer == run // 2 else 1)
+            found[kind] += amount * (1 if layer is None else repeats[layer])
         return OperatorWork(**found)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

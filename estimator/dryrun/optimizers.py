@@ -21,7 +21,7 @@ def build_optimizer(
     """What the framework would choose on the device, said explicitly: on fake tensors torch would choose otherwise."""
     kind = str(setup.optimizer)
     if kind == "sgd":
-        return torch.optim.SGD(trained, lr=1e-5, foreach=True)
+        return torch.optim.SGD(by_mesh(trained), lr=1e-5, foreach=True)
     if kind == "adafactor" and setup.framework == "hf-trainer":
         from transformers.optimization import Adafactor
 
@@ -30,15 +30,24 @@ def build_optimizer(
         return torch.optim.Adafactor(trained, lr=1e-5, foreach=False)
     if kind == "adamw":
         # Trainer leaves the choice to torch, which is foreach on a GPU and one tensor at a time on a CPU.
-        return torch.optim.AdamW(trained, lr=1e-5, foreach=cuda or setup.framework == "torch-loop", fused=False)
+        foreach = cuda or setup.framework == "torch-loop"
+        return torch.optim.AdamW(by_mesh(trained), lr=1e-5, foreach=foreach, fused=False)
     if kind == "adamw-fused":
-        return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        return torch.optim.AdamW(by_mesh(trained), lr=1e-5, fused=True)
     if kind == "galore":
         return GaloreAdamW(trained, projected=[m.weight for m in _layers(model) if isinstance(m, torch.nn.Linear)])
     # Trainer has bitsandbytes keep wide states for embeddings.
     trainer = setup.framework == "hf-trainer"
     wide = [m.weight for m in model.modules() if trainer and isinstance(m, torch.nn.Embedding)]
     return BitsAndBytesAdamW(trained, eight_bit="8bit" in kind, paged="paged" in kind, wide=wide)
+
+
+def by_mesh(trained: Sequence[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """A group for the parameters of each mesh, and one for whole ones: no kernel takes both (``Trainer.create_optimizer``)."""
+    groups: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in trained:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
 
 
 class BitsAndBytesAdamW(torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from estimator.conventions import splits_by_own_plan
 from estimator.errors import InputError
 from estimator.hardware import is_cpu
 from estimator.memory.states import trainable_parameters
@@ -13,7 +14,7 @@ _FRAMEWORKS = ("hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan")
 _BUCKET = 500_000_000
 _TENSOR_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _MASKED_FAMILIES = ("gemma2", "gemma3", "gpt_oss", "bloom", "mpt", "falcon")
-_TENSOR_FRAMEWORKS = ("torchtitan", "torch-loop")
+_TENSOR_FRAMEWORKS = ("torchtitan", "torch-loop", "hf-trainer")
 
 
 def check_parallel(setup: Setup) -> None:
@@ -65,24 +66,32 @@ def _check_offload(setup: Setup) -> None:
 
 def _check_tensor_parallel(setup: Setup) -> None:
     ranks, shape = setup.tensor_parallel, resolve_model(setup.model)
+    own_plan = splits_by_own_plan(setup)
     if setup.framework not in _TENSOR_FRAMEWORKS:
         raise InputError(
             f"tensor_parallel: a dry run does not execute it with {setup.framework}; write --framework torchtitan, or leave out --dry-run"
         )
-    if shape.family not in _TENSOR_FAMILIES or shape.experts:
+    if not own_plan and (shape.family not in _TENSOR_FAMILIES or shape.experts):
         raise InputError(
-            f"tensor_parallel: a dry run splits models like llama, not {shape.name}; write 1, or leave out --dry-run"
+            f"tensor_parallel: a dry run splits models like llama, not {shape.name}; write --framework hf-trainer, or leave out --dry-run"
         )
-    for name, whole in (
-        ("query heads", shape.heads),
-        ("key heads", shape.kv_heads),
-        ("tokens of a sequence", setup.seq),
-    ):
+    if not own_plan and setup.method not in ("full", "freeze"):
+        raise InputError(
+            "method: peft splits adapters by transformers' plan alone; write --framework hf-trainer, or leave out --dry-run"
+        )
+    wholes = {"query heads": shape.heads, "key heads": shape.kv_heads}
+    if not own_plan:
+        wholes["tokens of a sequence"] = setup.seq
+    for name, whole in wholes.items():
         if whole % ranks:
             raise InputError(
                 f"tensor_parallel: {ranks} ranks do not divide {whole} {name}; write a divisor, or leave out --dry-run"
             )
-    _refuse(setup, _unsplit(setup), "tensor parallelism")
+    if own_plan and setup.sharding == "fsdp" and shape.tied_embeddings:
+        raise InputError(
+            f"sharding: transformers ties {shape.name}'s tables after FSDP has them twice, which no dry run knows; write --framework torchtitan, or leave out --dry-run"
+        )
+    _refuse(setup, _unplanned(setup) if own_plan else _unsplit(setup), "tensor parallelism")
 
 
 def _check_context_parallel(setup: Setup) -> None:
@@ -124,7 +133,6 @@ def _unsplit(setup: Setup) -> dict[str, bool]:
     return _unsharded(setup) | {
         "sharding": setup.sharding not in ("none", "fsdp"),
         "offload": setup.offload is not None,
-        "method": setup.method not in ("full", "freeze"),
         "base_quantization": setup.base_quantization is not None,
         # The mask would be made for this rank's part of the sequence.
         "attention": setup.attention not in ("sdpa", "flash"),
@@ -133,6 +141,21 @@ def _unsplit(setup: Setup) -> dict[str, bool]:
         # torchtitan has mixed precision from FSDP alone.
         "precision": alone and setup.precision.endswith("-mixed"),
         "autocast": setup.autocast is not None,
+        "flat_parameters": setup.flat_parameters,
+    }
+
+
+def _unplanned(setup: Setup) -> dict[str, bool]:
+    """Of transformers' own plan: it splits no bitsandbytes layers, and peft no DoRA; what FSDP shards besides gets adapters of
+    its shards' widths, which fail."""
+    return _unsharded(setup) | {
+        "sharding": setup.sharding not in ("none", "fsdp"),
+        "context_parallel": setup.context_parallel > 1,
+        "offload": setup.offload is not None,
+        "method": setup.method == "dora" or (setup.sharding == "fsdp" and setup.method == "lora"),
+        "base_quantization": setup.base_quantization is not None,
+        "loss": setup.loss != "standard",
+        "compile": setup.compile,
         "flat_parameters": setup.flat_parameters,
     }
 

@@ -109,4 +109,5 @@ def replay(
         retries=allocator.retries,
         out_of_memory=out_of_memory,
         layers_run=layers_run,
+        reference_code=tuple(sorted(stream.packages)),
     )

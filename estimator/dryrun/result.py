@@ -68,3 +68,5 @@ class DryRun:
     """What the allocator said where the device was too small; the peaks are then those up to that moment."""
     layers_run: int
     """Decoder layers that were executed; the others' events are copies of theirs."""
+    reference_code: tuple[str, ...] = ()
+    """Packages of GPU kernels that the model would call, in whose place transformers' own code was run."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from estimator.conventions import conventions
 from estimator.dryrun.checks import check_activations
+from estimator.dryrun.cut import Cut, whole
 from estimator.dryrun.libraries import check_libraries
 from estimator.dryrun.parallel import check_parallel, same_in_depth
 from estimator.dryrun.result import DryRun
@@ -25,28 +26,27 @@ if TYPE_CHECKING:
     from estimator.dryrun.work import OperatorWork
 
 _ASKS_FOR_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")
-LAYERS_RUN = 5
-"""Decoder layers that determine the rest: two at each end and the one that is repeated."""
 
 
-def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, layers_run: int | None = LAYERS_RUN) -> DryRun:  # fmt: skip
+def dry_run(setup: Setup, *, steps: int = 2, capacity_bytes: int | None = None, every_layer: bool = False) -> DryRun:
     """Executes ``steps`` optimizer steps of ``setup`` on fake tensors and replays their allocations.
 
-    capacity_bytes: what the device has for the allocator; ``None``: as much as it takes. layers_run: how many decoder
-    layers are executed where the model has more; ``None``: all. The result is the same, but for models whose layers are
-    not alike, which are run in full anyway. Raises InputError for what cannot be dry-run, MissingError without torch.
+    capacity_bytes: what the device has for the allocator; ``None``: as much as it takes. every_layer: also those are
+    executed that do what others did; the result is the same. Raises InputError for what cannot be dry-run, MissingError
+    without torch.
     """
     setup = _as_run(setup)
     with _quiet_libraries(), _countable():
-        return _run(setup, steps=steps, capacity_bytes=capacity_bytes, layers_run=layers_run)
+        return _run(setup, steps=steps, capacity_bytes=capacity_bytes, every_layer=every_layer)
 
 
 def count_operators(setup: Setup) -> OperatorWork:
     """The operators of one step of ``setup``, with as few layers executed as determine the rest. Raises as ``dry_run``."""
     try:
         from estimator.dryrun.depth import write_out
+        from estimator.dryrun.layer_kinds import plan_cut
         from estimator.dryrun.operators import OperatorCounter
-        from estimator.dryrun.steps import depth, record
+        from estimator.dryrun.steps import record
     except ImportError as error:
         raise _missing(error) from None
     setup = _as_run(setup)
@@ -58,13 +58,12 @@ def count_operators(setup: Setup) -> OperatorWork:
         return counters[-1]
 
     with _quiet_libraries(), _countable():
-        layers = depth(setup)
-        run = _layers_run(setup, layers, LAYERS_RUN)
-        stream = record(_cut(setup, layers, run), steps=1, layers=run, count=count)
-        if write_out(stream, run=run, layers=layers) is None:
-            run = layers
-            record(setup, steps=1, layers=layers, count=count)
-    return counters[-1].work(run=run, layers=layers)
+        cut = plan_cut(setup, every=not same_in_depth(setup))
+        stream = record(_cut(setup, cut), steps=1, layers=cut.kept, count=count)
+        if write_out(stream, cut) is None:
+            cut = whole(len(cut.samples))
+            record(setup, steps=1, layers=None, count=count)
+    return counters[-1].work(cut)
 
 
 def _missing(error: ImportError) -> MissingError:
@@ -85,45 +84,34 @@ def _as_run(setup: Setup) -> Setup:
     return setup
 
 
-def _layers_run(setup: Setup, layers: int, most: int | None) -> int:
-    """How many of the model's layers are executed at first."""
-    trained = setup.trainable_layers or layers
-    if most is None or trained > layers or not same_in_depth(setup):
-        return layers
-    # The first layers of some mixtures of experts are dense, the last may be the trained ones: the middle one must be far
-    # enough from them.
-    few = most + 2 * (resolve_model(setup.model).dense_layers + min(trained, layers - trained))
-    return min(few, layers)
-
-
-def _cut(setup: Setup, layers: int, run: int) -> Setup:
-    """``setup`` for ``run`` of its layers: of frozen and trained ones, those that are fewer stay as many."""
-    trained = setup.trainable_layers
-    if trained is None or run == layers or trained <= layers - trained:
+def _cut(setup: Setup, cut: Cut) -> Setup:
+    """``setup`` for those of its layers that are run."""
+    if setup.trainable_layers is None or len(cut.kept) == len(cut.samples):
         return setup
-    return dataclasses.replace(setup, trainable_layers=run - (layers - trained))
+    frozen = len(cut.samples) - setup.trainable_layers
+    return dataclasses.replace(setup, trainable_layers=sum(layer >= frozen for layer in cut.kept))
 
 
-def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, layers_run: int | None) -> DryRun:
+def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, every_layer: bool) -> DryRun:
     try:
         from estimator.dryrun.depth import write_out
+        from estimator.dryrun.layer_kinds import plan_cut
         from estimator.dryrun.replay import replay
-        from estimator.dryrun.steps import depth, record
+        from estimator.dryrun.steps import record
     except ImportError as error:
         raise _missing(error) from None
-    layers = depth(setup)
-    run = _layers_run(setup, layers, layers_run)
-    written = write_out(record(_cut(setup, layers, run), steps=steps, layers=run), run=run, layers=layers)
+    cut = plan_cut(setup, every=every_layer or not same_in_depth(setup))
+    written = write_out(record(_cut(setup, cut), steps=steps, layers=cut.kept), cut)
     if written is None:
-        run = layers
-        written = record(setup, steps=steps, layers=layers)
+        cut = whole(len(cut.samples))
+        written = record(setup, steps=steps, layers=None)
     return replay(
         written,
         cuda=not is_cpu(setup.accelerator),
         capacity_bytes=capacity_bytes,
         expandable_segments=setup.expandable_segments,
         empties_cache=setup.framework == "torch-loop",
-        layers_run=run,
+        layers_run=len(cut.kept),
     )
 
 

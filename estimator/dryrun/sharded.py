@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from estimator.building.model import decoder_layers, weight_dtype
-from estimator.conventions import shards_flat
-from estimator.dryrun import private_fsdp
+from estimator.building.model import decoder_layers
+from estimator.building.sharding import shard
+from estimator.conventions import shards_flat, splits_by_own_plan
+from estimator.dryrun import private_fsdp, tensor_parallel, transformers_plan
 from estimator.dryrun.host_shards import shards_on_host
-from estimator.dryrun.packed import store_packed
 from estimator.dryrun.private_api import replaced
 from estimator.dryrun.returned_inputs import keep_inputs
-from estimator.dryrun.tensor_parallel import parallelize, split_loss
 from estimator.dryrun.tracker import Tracker
 from estimator.memory.flat_parameters import keeps_layer_inputs
 from estimator.setup import Setup
@@ -43,8 +42,8 @@ def sharded(model: torch.nn.Module, setup: Setup) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(private_fsdp.fake_process_group(math.prod(sizes.values())))
         stack.enter_context(private_fsdp.lazy_chunks())
-        if setup.tensor_parallel > 1:
-            stack.enter_context(split_loss())
+        if setup.tensor_parallel > 1 and not splits_by_own_plan(setup):
+            stack.enter_context(tensor_parallel.split_loss())
         if setup.context_parallel > 1:
             from estimator.dryrun.context_parallel import ring_attention
 
@@ -58,64 +57,12 @@ def distribute(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
     names = list(mesh.mesh_dim_names)
     if "tensor" in names:
         names.remove("tensor")
-        parallelize(model, mesh["tensor"], tokens=setup.seq)
+        if splits_by_own_plan(setup):
+            transformers_plan.parallelize(model, mesh["tensor"])
+        else:
+            tensor_parallel.parallelize(model, mesh["tensor"], tokens=setup.seq)
     if setup.sharding == "fsdp":
         shard(model, setup, mesh[tuple(names)])
-
-
-def shard(model: torch.nn.Module, setup: Setup, mesh: Any) -> None:
-    """``fully_shard`` of every unit and of the rest, over a mesh of (shards) or (replicas, shards)."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-
-    if setup.base_quantization:
-        store_packed(model, weight_dtype(setup))
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(setup)}
-    if setup.offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    for modules, reshards in _units(model, flat=shards_flat(setup)):
-        fully_shard(modules, reshard_after_forward=setup.reshard_after_forward and reshards, **options)
-    fully_shard(model, **options)
-
-
-def _policy(setup: Setup) -> Any:
-    """torchtitan reduces in fp32, accelerate in the compute type. Packed weights are gathered as they are."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if setup.base_quantization:
-        return MixedPrecisionPolicy()
-    half = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}.get(setup.precision)
-    if half is None:
-        return MixedPrecisionPolicy()
-    if setup.framework == "hf-trainer":
-        return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
-    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
-
-
-def _units(model: Any, *, flat: bool) -> list[tuple[Any, bool]]:
-    """What is gathered together, and whether it is freed after the forward pass; all else is the root's, which is gathered
-    first and stays. flat: FSDP1's units, whose root has both tables."""
-    layers = decoder_layers(model)
-    if flat:
-        return [(layer, True) for layer in layers]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    norms = _after(model, layers)
-    tied = head is not None and embedding.weight is head.weight
-    tail = [*norms, *([embedding] if tied else []), *([head] if head is not None else [])]
-    units: list[tuple[Any, bool]] = [(layer, True) for layer in layers]
-    if not tied:
-        units.append((embedding, True))
-    units.append((tail, False))
-    return units
-
-
-def _after(model: torch.nn.Module, layers: torch.nn.Module) -> list[torch.nn.Module]:
-    """The final norm: what stands behind the layers in the module that owns them, and has parameters."""
-    for module in model.modules():
-        children: Sequence[torch.nn.Module] = list(module.children())
-        if any(child is layers for child in children):
-            behind = children[[child is layers for child in children].index(True) + 1 :]
-            return [child for child in behind if next(child.parameters(recurse=False), None) is not None]
-    raise AssertionError("the layers are a module of the model")
 
 
 @contextlib.contextmanager
@@ -145,6 +92,7 @@ def watched(tracker: Tracker, model: Any, setup: Setup) -> Iterator[None]:
     tracker.wrappers = (DTensor, AsyncCollectiveTensor)
     tracker.stream_number = lambda: private_fsdp.stream_number(numbers)
     tracker.collectives = _gloo()
+    tracker.waits = torch.ops._c10d_functional.wait_tensor.default
     with contextlib.ExitStack() as stack:
         if setup.offload:
             stack.enter_context(shards_on_host(tracker))

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from estimator.building.model import build_empty_model, decoder_layers, model_config, weight_dtype
+from estimator.building.model import build_empty_model, decoder_layers, weight_dtype
+from estimator.conventions import splits_by_own_plan
 from estimator.dryrun.compiled import compile_layers
 from estimator.dryrun.cuda_kernels import CudaFunctions
 from estimator.dryrun.events import Stream
@@ -20,19 +21,20 @@ from estimator.dryrun.flex import compiled_flex_attention
 from estimator.dryrun.loop import Loop
 from estimator.dryrun.offload import offload_activations
 from estimator.dryrun.private_api import fake_mode, replaced
+from estimator.dryrun.reference_code import reference_code
 from estimator.dryrun.tracker import Tracker
 from estimator.hardware import is_cpu, workspace_bytes
 from estimator.memory.activations import builds_mask
 from estimator.memory.states import keeps_master_weights
 from estimator.setup import Setup
 
-__all__ = ["Loop", "depth", "record"]
+__all__ = ["Loop", "record"]
 
 
 def record(
-    setup: Setup, *, steps: int, layers: int | None, count: Callable[[Tracker], Any] = contextlib.nullcontext
+    setup: Setup, *, steps: int, layers: Sequence[int] | None, count: Callable[[Tracker], Any] = contextlib.nullcontext
 ) -> Stream:
-    """The events of ``steps`` optimizer steps of ``setup`` (resolved), with its model cut to ``layers`` decoder layers.
+    """The events of ``steps`` optimizer steps of ``setup`` (resolved), with its model cut to these of its decoder ``layers``.
 
     The model is built without weights, its parameters arriving on the device in the order of ``Module.to``.
     ``count`` makes a mode of the tracker that sees each operator below it. Raises InputError as ``build_model``.
@@ -62,7 +64,10 @@ def record(
         tracker = Tracker(
             model,
             decoder_layers(model),
-            vocab=-(-model.config.get_text_config().vocab_size // setup.tensor_parallel),
+            vocab=-(
+                -model.config.get_text_config().vocab_size
+                // (1 if splits_by_own_plan(setup) else setup.tensor_parallel)
+            ),
             workspace_bytes=workspace_bytes(setup.accelerator) // 2,
             cuda=not cpu,
         )
@@ -71,6 +76,7 @@ def record(
             stack.enter_context(_module_hooks(tracker))
             stack.enter_context(_masks(setup))
             stack.enter_context(grouped_products())
+            stack.enter_context(reference_code(model, tracker.stream.packages))
             if setup.attention == "flex":
                 stack.enter_context(compiled_flex_attention())
             if not cpu:
@@ -93,11 +99,6 @@ def _loop(setup: Setup) -> type[Loop]:
 
         return DdpLoop
     return Loop
-
-
-def depth(setup: Setup) -> int:
-    """Decoder layers of the setup's model. Raises InputError as ``model_config``."""
-    return int(model_config(setup).get_text_config().num_hidden_layers)
 
 
 @contextlib.contextmanager
@@ -137,7 +138,7 @@ def _masks(setup: Setup) -> Iterator[None]:
     from transformers import masking_utils
 
     explicit = builds_mask(setup) and (setup.batch == 1 or setup.attention_kernel is not None or not setup.pack)
-    explicit = explicit and setup.tensor_parallel == setup.context_parallel == 1
+    explicit = explicit and (setup.tensor_parallel == 1 or splits_by_own_plan(setup)) and setup.context_parallel == 1
     if explicit:
         yield
         return

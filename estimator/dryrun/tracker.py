@@ -54,8 +54,12 @@ class Tracker(TorchDispatchMode):
         """Layers of parameters that are part of a larger storage, by their own one's number."""
         self.collectives: dict[Any, Callable[[Any], tuple[int, ...]]] = {}
         """Buffers that collectives on a CPU take while they run."""
+        self.waits: Any = None
+        """The operator that returns its argument once it is there, which fake tensors have as a copy."""
         self._purpose: str | None = None
         self._blind = False
+        self._outer: Any = None
+        """The operator that a wrapper is just taking apart."""
 
     # --- where the program is -------------------------------------------------------------------------------------
 
@@ -98,8 +102,14 @@ class Tracker(TorchDispatchMode):
         return None if known is None else self.stream.storages[known[0]].holder
 
     def _record(
-        self, tensor: torch.Tensor, category: str, layer: int | None, holder: str, event_layer: int | None, grows: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        tensor: torch.Tensor,
+        category: str,
+        layer: int | None,
+        holder: str,
+        event_layer: int | None,
+        bytes_of_layers: dict[int, int] | None = None,
+    ) -> None:
         handle = tensor.untyped_storage()
         key = handle._cdata
         if key in self._live or not handle.nbytes():
@@ -110,7 +120,7 @@ class Tracker(TorchDispatchMode):
                 category=self._purpose or category,
                 layer=layer,
                 holder=holder,
-                per_layer_bytes=grows,
+                bytes_of_layers=bytes_of_layers or {},
                 stream=self.stream_number(),
             ),
             event_layer,
@@ -174,8 +184,11 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device
         if func is _AS_NUMBER and self.host_scalars:
             return 1.0  # optimizers read their step counters and norms; any number does
+        if func is self.waits and not self._wrapped(types):
+            return args[0]
         kwargs = kwargs or {}
-        if self.wrappers and any(issubclass(kind, self.wrappers) for kind in types):
+        if self._wrapped(types):
+            self._outer = func
             return NotImplemented
         if self._blind:
             return func(*args, **kwargs)
@@ -187,6 +200,8 @@ class Tracker(TorchDispatchMode):
         if self.position.phase == "backward":
             self._locate()
             adds_gradients = func is _aten.add.Tensor and not torch.is_grad_enabled() and _same_kind(args)
+            if func is self._outer:  # a wrapper's, into which autograd adds nothing in place
+                adds_gradients, self._outer = False, None
             # Autograd adds up the gradients of a tensor that was used twice, into the first where nobody else holds it.
             if adds_gradients and held_by_nobody_else(args[0]):
                 return args[0].add_(args[1])
@@ -203,6 +218,9 @@ class Tracker(TorchDispatchMode):
             self._buffers(self.collectives[func](args))
         return found
 
+    def _wrapped(self, types: Any) -> bool:
+        return bool(self.wrappers) and any(issubclass(kind, self.wrappers) for kind in types)
+
     def _born(self, tensor: torch.Tensor, func: Any, args: Any, position: int) -> None:
         handle = tensor.untyped_storage()
         if handle._cdata in self._live:
@@ -214,14 +232,16 @@ class Tracker(TorchDispatchMode):
             return  # on the host
         source = self._source(args, position)
         layer = self.position.layer
-        grows = 0
+        parts: dict[int, int] = {}
         if layer is None and source is not None and self.position.phase in ("optimizer", "between"):
             layer = source.layer
         if func is _aten.stack.default and self.position.phase == "optimizer":
-            # One element for each gradient: the middle layer's are what every further layer adds.
-            own, middle = [self._known(t) for t in args[0]], (self.position.last_layer + 1) // 2
-            grows = tensor.element_size() * sum(1 for s in own if s is not None and s.layer == middle)
-        self._record(tensor, self._categorize(tensor, func, source), layer, self.position.holder(), layer, grows)
+            # One element for each gradient.
+            for part in args[0]:
+                own = self._known(part)
+                if own is not None and own.layer is not None:
+                    parts[own.layer] = parts.get(own.layer, 0) + tensor.element_size()
+        self._record(tensor, self._categorize(tensor, func, source), layer, self.position.holder(), layer, parts)
 
     def _known(self, tensor: Any) -> Storage | None:
         if not isinstance(tensor, torch.Tensor):

@@ -29,7 +29,12 @@ def measured_ranks(setups: Sequence[Setup]) -> list[list[dict[str, int]]]:
         told = json.dumps([asdict(setup) for setup in setups])
         command = [sys.executable, __file__, told, f"file://{scratch}/rendezvous"]
         ranks = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+            subprocess.Popen(
+                [*command, str(rank)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment | _as_launched(rank, world),
+            )
             for rank in range(world)
         ]
         answers = [process.communicate(timeout=600)[0] for process in ranks]
@@ -38,8 +43,18 @@ def measured_ranks(setups: Sequence[Setup]) -> list[list[dict[str, int]]]:
     return [list(peaks) for peaks in zip(*by_rank, strict=True)]
 
 
+def _as_launched(rank: int, world: int) -> dict[str, str]:
+    """What torchrun would have set, which Trainer reads."""
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": 1}
+    return {name: str(value) for name, value in known.items()} | {"MASTER_ADDR": "localhost"}
+
+
 def _run(setup: Setup) -> dict[str, int]:
     gc.collect()  # the run before, so that it does not end within this one
+    if setup.framework == "hf-trainer" and setup.tensor_parallel > 1:
+        import trainer_ranks
+
+        return trainer_ranks.run(setup, _STEPS, _local)
     import numpy as np
     from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.parallel import DistributedDataParallel
@@ -111,6 +126,8 @@ def _given_back(collective: Callable[..., Any]) -> Callable[..., Any]:
     plain = dist.all_reduce
 
     def called(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("op") == dist.ReduceOp.AVG:  # which gloo has not
+            kwargs["op"] = dist.ReduceOp.SUM
         work = collective(*args, **(kwargs | {"async_op": True}))
         work.wait()
         plain(torch.empty(1), group=kwargs.get("group"))

@@ -45,13 +45,37 @@ def test_json_that_python_gives_up_on_is_one_line(tmp_path: Path, text: str, pro
         ({"num_hidden_layers": 10**9}, "beyond 10,000 layers"),
         ({"hidden_size": 10**30}, "1e14 parameters"),
         ({"is_encoder_decoder": True}, "encoder beside its decoder"),
-        ({"model_type": "mamba2"}, "a recurrent state"),
-        ({"model_type": "jamba", "attn_layer_period": 2}, "a recurrent state"),
     ],
 )
 def test_what_is_no_decoder_of_this_world_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         resolve_model(_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "mamba2"}, {"model_type": "jamba", "attn_layer_period": 2}, {"model_type": "lfm2"}], ids=str)  # fmt: skip
+def test_layers_that_no_formula_knows_are_for_the_dry_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="no formula knows its layers"):
+        estimate(Setup(model=_config(tmp_path, **changes)))
+
+
+def test_a_pattern_of_layers_leaves_one_period_between_the_ends() -> None:
+    from estimator.dryrun.cut import shortest
+
+    cut = shortest("aaab" * 12)
+    assert cut.kept == (0, 1, 2, 43, 44, 45, 46, 47)
+    assert sum(cut.repeats) == 48
+    assert shortest("a" * 80).kept == (0, 1, 2, 78, 79)
+    assert shortest("abcdefg").kept == tuple(range(7))
+
+
+def test_sliding_and_full_attention_written_out_are_the_full_model(tmp_path: Path) -> None:
+    from estimator.dryrun.run import dry_run
+
+    folder = _config(tmp_path, model_type="gemma3_text", num_hidden_layers=26, sliding_window=64, head_dim=32)
+    setup = Setup(model=folder, seq=96, precision="bf16", accelerator="RTX-3090")
+    few, every = dry_run(setup), dry_run(setup, every_layer=True)
+    assert (few.layers_run, every.layers_run) == (14, 26)
+    assert few.phases == every.phases and few.holders == every.holders
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_int8_keeps_its_input_as_long_as_the_graph_lives() -> None:
 
 
 def test_transformers_rule_leaves_embeddings_head_and_norms_as_they_are() -> None:
-    model = build_empty_model(_setup(method="qlora", base_quantization="nf4-dq"), layers=2)
+    model = build_empty_model(_setup(method="qlora", base_quantization="nf4-dq"), layers=range(2))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Nf4Linear)}
     assert {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in layers} == {
         "q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -110,7 +110,7 @@ def test_transformers_rule_leaves_embeddings_head_and_norms_as_they_are() -> Non
 @pytest.mark.parametrize("autocast", [False, True])
 def test_adapters_widen_their_input_where_peft_does(kind: str, autocast: bool) -> None:
     half = torch.float16 if kind.startswith("gptq") else torch.bfloat16
-    model: Any = build_empty_model(_setup(method="qlora", base_quantization=kind, precision="fp16" if half is torch.float16 else "bf16"), layers=1)  # fmt: skip
+    model: Any = build_empty_model(_setup(method="qlora", base_quantization=kind, precision="fp16" if half is torch.float16 else "bf16"), layers=range(1))  # fmt: skip
     adapted = next(m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")).to_empty(device="cpu")  # fmt: skip
     seen: list[torch.dtype] = []
     adapted.lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -134,7 +134,7 @@ def test_adapters_widen_their_input_where_peft_does(kind: str, autocast: bool) -
     ids=str,
 )
 def test_a_few_quantized_layers_written_out_are_the_full_model_to_the_byte(values: dict[str, Any]) -> None:
-    few, all_layers = dry_run(_setup(**values)), dry_run(_setup(**values), layers_run=None)
+    few, all_layers = dry_run(_setup(**values)), dry_run(_setup(**values), every_layer=True)
     assert few.layers_run < all_layers.layers_run
     assert few.phases == all_layers.phases
     assert few.categories_bytes == all_layers.categories_bytes

@@ -97,7 +97,7 @@ def test_each_rank_of_a_real_run_peaks_where_the_dry_run_says(
 def test_a_few_sharded_layers_written_out_are_the_full_model_to_the_byte(values: dict[str, Any]) -> None:
     usual = {"model": "base-llama", "framework": "torch-loop", "accelerator": "h100", "accelerators": 2, "seq": 256}
     setup = Setup(**(usual | {"sharding": "fsdp"} | values))
-    few, all_layers = dry_run(setup), dry_run(setup, layers_run=None)
+    few, all_layers = dry_run(setup), dry_run(setup, every_layer=True)
     assert few.layers_run < all_layers.layers_run
     assert few.peak_allocated_bytes == all_layers.peak_allocated_bytes
     assert few.peak_reserved_bytes == all_layers.peak_reserved_bytes
@@ -169,7 +169,7 @@ def test_the_first_stage_of_zero_keeps_whole_gradients_until_they_are_reduced() 
 )
 def test_buckets_that_hold_all_gradients_are_written_out_to_the_byte(values: dict[str, Any]) -> None:
     setup = _engine(**values)
-    few, all_layers = dry_run(setup), dry_run(setup, layers_run=None)
+    few, all_layers = dry_run(setup), dry_run(setup, every_layer=True)
     assert few.layers_run < all_layers.layers_run
     assert few.peak_allocated_bytes == all_layers.peak_allocated_bytes
     assert few.phases == all_layers.phases

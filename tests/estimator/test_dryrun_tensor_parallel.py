@@ -28,6 +28,12 @@ _QWEN3 = {
     "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
+_MIXTRAL = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 8192, "hidden_size": 256,
+    "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
+}  # fmt: skip
 _MODELS = ("micro-llama", "micro", "qwen3")
 TWO_RANKS: list[dict[str, Any]] = [
     {"seq": 256},  # the loss is the peak
@@ -35,13 +41,27 @@ TWO_RANKS: list[dict[str, Any]] = [
     {"model": "qwen3", "checkpointing": "full"},
     {"model": "micro", "method": "freeze", "trainable_layers": 2},
 ]
+BY_TRANSFORMERS_PLAN: list[dict[str, Any]] = [
+    {"precision": "bf16-mixed"},
+    {"method": "lora", "lora_targets": "all-linear", "precision": "bf16", "checkpointing": "full"},
+    {"model": "mixtral"},
+]
 FOUR_RANKS: list[dict[str, Any]] = [{"precision": "bf16-mixed", "checkpointing": "full"}, {"model": "qwen3"}]
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("qwen3") / "config.json"
-    path.write_text(json.dumps(_QWEN3))
+    return _written(tmp_path_factory, _QWEN3)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _written(tmp_path_factory, _MIXTRAL)
+
+
+def _written(directories: pytest.TempPathFactory, config: dict[str, Any]) -> str:
+    path = directories.mktemp("model") / "config.json"
+    path.write_text(json.dumps(config))
     return str(path)
 
 
@@ -57,6 +77,18 @@ def test_each_rank_of_a_real_run_peaks_where_the_dry_run_says(
 ) -> None:
     setups = [_tiny(values | {"accelerators": ranks}, qwen3) for values in many]
     # What is left, at most 0.1%, are the random states that checkpoints keep, and buffers of gloo's.
+    for setup, peaks in zip(setups, measured_ranks(setups), strict=True):
+        found = {phase.phase: phase.peak_allocated_bytes for phase in dry_run(setup).phases}
+        for rank in peaks:
+            for phase in ("forward", "backward", "optimizer"):
+                assert found[phase] == pytest.approx(rank[phase], rel=0.002)
+
+
+def test_each_rank_of_trainer_with_transformers_own_plan_peaks_where_the_dry_run_says(mixtral: str) -> None:
+    setups = [
+        _tiny({"framework": "hf-trainer"} | values | ({"model": mixtral} if "model" in values else {}), "")
+        for values in BY_TRANSFORMERS_PLAN
+    ]
     for setup, peaks in zip(setups, measured_ranks(setups), strict=True):
         found = {phase.phase: phase.peak_allocated_bytes for phase in dry_run(setup).phases}
         for rank in peaks:
@@ -80,13 +112,15 @@ def test_the_split_model_has_the_loss_and_the_gradients_of_the_whole_one(qwen3: 
         {"precision": "bf16", "accelerators": 2},
         {"checkpointing": "full"},
         {"framework": "torch-loop", "checkpointing": "selective", "accumulation": 2},
+        {"framework": "hf-trainer", "accelerators": 2, "method": "lora"},
+        {"framework": "hf-trainer", "accelerators": 2, "checkpointing": "full"},
     ],
     ids=str,
 )
 def test_a_few_split_layers_written_out_are_the_full_model_to_the_byte(values: dict[str, Any]) -> None:
     usual = {"model": "base-llama", "framework": "torchtitan", "accelerator": "h100", "accelerators": 4, "seq": 256}
     setup = Setup(**(usual | {"tensor_parallel": 2, "precision": "bf16-mixed"} | values))
-    few, all_layers = dry_run(setup), dry_run(setup, layers_run=None)
+    few, all_layers = dry_run(setup), dry_run(setup, every_layer=True)
     assert few.layers_run < all_layers.layers_run
     assert few.peak_allocated_bytes == all_layers.peak_allocated_bytes
     assert few.peak_reserved_bytes == all_layers.peak_reserved_bytes
@@ -113,7 +147,10 @@ def test_a_dry_run_does_not_depend_on_the_meshes_of_those_before(qwen3: str) -> 
 @pytest.mark.parametrize(
     "values",
     [
-        {"framework": "hf-trainer"},
+        {"framework": "hf-trainer", "method": "dora"},
+        {"framework": "hf-trainer", "method": "lora", "accelerators": 4},  # beside FSDP
+        {"framework": "hf-trainer", "accelerators": 4},  # tied tables beside FSDP
+        {"framework": "hf-trainer", "model": "gpt2-124m"},  # which transformers has no plan for
         {"sharding": "ddp", "accelerators": 4},
         {"tensor_parallel": 4, "accelerators": 4},  # of 2 key heads
         {"seq": 65},
