@@ -27,7 +27,7 @@ check: $(READY)
 
 # Refits the step-time law to a table of measured runs: make laws TABLE=measured_runs.csv
 laws: $(READY)
-	$(BIN)/python benchmarks/fit_step_law.py "$(TABLE)"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fit_step_law.py "$(TABLE)"  # small matrices: threads only wait
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

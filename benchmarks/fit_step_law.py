@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script is run by its path
+from benchmarks.step_law_coverage import Kinds, coverage, half_widths, unseen_of
 from benchmarks.step_law_problem import NAMES, Array, Problem, Row, read_rows
 from estimator.score import source_name
 from estimator.speed.step_law import COEFFICIENTS, layout
@@ -26,8 +27,11 @@ LAW = Path(__file__).resolve().parents[1] / "estimator" / "data" / "step_law.jso
 # --- how well rows are predicted that the fit has not seen -------------------------------------------------------------
 
 
-def cross_validate(problem: Problem, start: Array, groups: Sequence[Any], folds: int | None = None) -> Array:
-    """Relative errors (predicted / measured - 1, of seconds) of every row, each from a fit without its fold.
+def cross_validate(
+    problem: Problem, start: Array, groups: Sequence[Any], folds: int | None = None
+) -> tuple[Array, list[Kinds]]:
+    """Relative errors (predicted / measured - 1, of seconds) of every row, each from a fit without its fold, and what that fit
+    had not seen of the row.
 
     Rows of one group stay together; ``folds`` groups them further, at random (seeded).
     """
@@ -36,11 +40,15 @@ def cross_validate(problem: Problem, start: Array, groups: Sequence[Any], folds:
     fold_of = {kind: index % (folds or len(kinds)) for index, kind in enumerate(kinds)}
     fold = np.array([fold_of[group] for group in groups])
     errors = np.zeros(len(groups))
+    unknown: list[Kinds] = [()] * len(groups)
     for index in range(max(fold) + 1):
         left = fold == index
         x, _ = problem.solve(~left, _without(problem, start, ~left))
         errors[left] = (problem.predicted(problem.logarithms(x)) - problem.measured)[left]
-    return np.exp(errors) - 1
+        kinds_of = unseen_of(problem, ~left)
+        for row in np.flatnonzero(left):
+            unknown[row] = kinds_of[row]
+    return np.exp(errors) - 1, unknown
 
 
 def _without(problem: Problem, start: Array, used: Array) -> Array:
@@ -98,42 +106,6 @@ def report(title: str, rows: Sequence[Row], errors: Array, group: Callable[[Row]
 # --- writing it ---------------------------------------------------------------------------------------------------------
 
 
-def half_width(sizes: Array, share: float = 0.9) -> float:
-    """The size that this share stays within; of few, the next larger one."""
-    ordered = np.sort(sizes)
-    return float(ordered[min(len(ordered) - 1, int(np.ceil(share * (len(ordered) + 1))) - 1)])
-
-
-SHRINKING = 8.0
-"""Rows that a framework's own spread must have to count as much as everybody's."""
-
-
-def half_widths(rows: Sequence[Row], errors: dict[str, Array]) -> dict[str, dict[str, float]]:
-    """Of the 90% interval in factors e, dense models and mixtures of experts apart: by framework where all of a setup is
-    known, and for all where its model, framework or accelerator is not.
-
-    Frameworks differ in how much goes unsaid of a run: each has its own spread, shrunk towards everybody's, and the
-    multiple of it that nine in ten rows stay within is common.
-    """
-    experts = np.array([bool(row.shape.experts) for row in rows])
-    frameworks = np.array([row.framework for row in rows])
-    sizes = {title: np.abs(np.log1p(found)) for title, found in errors.items()}
-    known = sizes["near-duplicates together"]
-    found: dict[str, dict[str, float]] = {}
-    for kind, of in (("dense", ~experts), ("experts", experts)):
-        common = float(np.mean(known[of]))
-        spread = {}
-        for framework in sorted({row.framework for row in rows}):
-            own = known[of & (frameworks == framework)]
-            spread[framework] = float((own.sum() + SHRINKING * common) / (len(own) + SHRINKING))
-        # Another source's rows of known things differ by more than rows of the same source do: three in a hundred more.
-        multiple = half_width(known[of] / np.array([spread[framework] for framework in frameworks[of]]), 0.93)
-        found[kind] = {framework: round(multiple * value, 4) for framework, value in spread.items()}
-        for what in ("model", "framework", "accelerator"):
-            found[kind][f"unknown {what}"] = round(half_width(sizes[f"{what}s"][of]), 4)
-    return found
-
-
 def left_out(rows: Sequence[Row], errors: dict[str, Array]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of the rows that each split's fits left out: all, dense models, mixtures of experts."""
     experts = np.array([bool(row.shape.experts) for row in rows])
@@ -154,8 +126,16 @@ def left_out(rows: Sequence[Row], errors: dict[str, Array]) -> dict[str, dict[st
     return found
 
 
-def document(problem: Problem, x: Array, deviations: Array, errors: dict[str, Array], made: str) -> dict[str, Any]:
+def document(
+    problem: Problem,
+    x: Array,
+    deviations: Array,
+    errors: dict[str, Array],
+    unknown: dict[str, list[Kinds]],
+    made: str,
+) -> dict[str, Any]:
     """The law as it is stored. Levels that moved nothing are kept: that they were seen narrows the interval."""
+    widths = half_widths(problem.rows, errors, unknown)
     effects: dict[str, dict[str, dict[str, list[float]]]] = {}
     for (name, factor, level), shift, error in zip(
         problem.effects, x[len(NAMES) :], deviations[len(NAMES) :], strict=True
@@ -168,7 +148,8 @@ def document(problem: Problem, x: Array, deviations: Array, errors: dict[str, Ar
         "rows": len(problem.rows),
         "sources": sorted({source_name(row.run.source) for row in problem.rows}),
         "left_out": left_out(problem.rows, errors),
-        "half_widths": half_widths(problem.rows, errors),
+        "half_widths": widths,
+        "coverage": coverage(problem.rows, errors, unknown, widths),
         "models": sorted({layout(row.shape) for row in problem.rows}),
         "coefficients": {
             coefficient.name: {
@@ -196,12 +177,14 @@ def main(arguments: Iterable[str]) -> None:
         np.exp(problem.predicted(problem.logarithms(x)) - problem.measured) - 1,
         lambda row: source_name(row.run.source),
     )
-    errors = {}
+    errors, unknown = {}, {}
     for title, (group, folds) in SPLITS.items():
-        errors[title] = cross_validate(problem, x, [group(row) for row in rows], folds)
+        errors[title], unknown[title] = cross_validate(problem, x, [group(row) for row in rows], folds)
         report(f"left out: {title}", rows, errors[title], None if folds else group)
-    law = document(problem, x, deviations, errors, date.today().isoformat())
+    law = document(problem, x, deviations, errors, unknown, date.today().isoformat())
     print("half-widths of the 90% interval, in factors e:", law["half_widths"])
+    for title, held in law["coverage"].items():
+        print(f"held of {title}:", ", ".join(f"{name} {share:.0%} of {count}" for name, (count, share) in held.items()))
     if "--no-write" not in arguments:
         LAW.write_text(json.dumps(law, indent=1) + "\n", encoding="utf-8")
 

@@ -24,7 +24,7 @@ from estimator.score import source_name
 from estimator.setup import Setup
 from estimator.speed.compute import StepWork, is_megatron, step_work
 from estimator.speed.rates import Rates, rates
-from estimator.speed.step_law import COEFFICIENTS, levels, seconds_by_kind
+from estimator.speed.step_law import COEFFICIENTS, HYBRID, levels, seconds_by_kind
 from profiler.stated import read_sized_table
 
 Array = Any
@@ -36,6 +36,8 @@ WIDTHS = {
     "launches": 0.4, "routing": 0.4, "gathered": 0.4, "bubble": 0.7, "total": 0.08,
 }  # fmt: skip
 """Standard deviations of the effects on each coefficient, in factors e; chosen by the cross-validation below."""
+HYBRID_WIDTH = 0.3
+"""The same of what hybrids have of their own in each kind of work."""
 NAMES = tuple(coefficient.name for coefficient in COEFFICIENTS)
 
 
@@ -96,7 +98,9 @@ class Problem:
         self.measured = np.log([row.seconds for row in rows])
         members: dict[tuple[str, str, str], list[int]] = {}
         for index, row in enumerate(rows):
-            of = levels(row.setup, row.accelerator, megatron=bool(is_megatron(row.setup)))
+            of = levels(
+                row.setup, row.accelerator, megatron=bool(is_megatron(row.setup)), hybrid=row.shape.mixer is not None
+            )
             for name, pairs in of.items():
                 for factor, level in pairs:
                     members.setdefault((name, factor, level), []).append(index)
@@ -105,7 +109,8 @@ class Problem:
         for place, indices in enumerate(members.values()):
             self.member[place, indices] = 1.0
         self.widths = np.array(
-            [coefficient.width for coefficient in COEFFICIENTS] + [WIDTHS[name] for name, _, _ in self.effects]
+            [coefficient.width for coefficient in COEFFICIENTS]
+            + [HYBRID_WIDTH if (factor, level) == HYBRID else WIDTHS[name] for name, factor, level in self.effects]
         )
         self.owner = np.array([NAMES.index(name) for name, _, _ in self.effects])
 

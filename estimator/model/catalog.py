@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from estimator.data import read_data
 from estimator.errors import InputError, MissingError
 from estimator.model.config_shape import shape_from_config_file
 from estimator.model.families import shape_of_family, transformers_class
 from estimator.model.inferred_shape import infer_shape
+from estimator.model.mixer import Mixer
 from estimator.model.shape import ModelShape
 from estimator.units import parse_count
 
@@ -79,7 +81,10 @@ def rotary_positions(name: str) -> int | None:
 def _shape_of(name: str) -> ModelShape:
     row = _rows()[name]
     extra = dict(item.split("=", 1) for item in row["extra"].split())
-    numbers = {key: int(value) for key, value in extra.items()}
+    numbers: dict[str, Any] = {key: int(value) for key, value in extra.items() if not key.startswith("mixer_")}
+    mixer = {key.removeprefix("mixer_"): int(value) for key, value in extra.items() if key.startswith("mixer_")}
+    if mixer:
+        numbers["mixer"] = Mixer(**(mixer | {"delta_rule": bool(mixer.get("delta_rule"))}))  # type: ignore[arg-type]
     return shape_of_family(
         row["family"],
         name=name,

@@ -11,6 +11,7 @@ from typing import Any
 from estimator.data import read_data
 from estimator.errors import InputError
 from estimator.model.families import families, shape_of_family
+from estimator.model.hybrid_shape import HYBRIDS, hybrid_dimensions, layer_kinds
 from estimator.model.shape import ModelShape, count_parameters
 
 # What transformers' configs call each dimension.
@@ -29,6 +30,8 @@ _RECURRENT = (
     "mamba_d_state", "mamba_num_heads", "mamba_n_heads", "ssm_state_size", "state_size", "linear_num_value_heads", "attn_layer_period", "lru_width",
 )  # fmt: skip
 """Keys of configs whose layers carry a state along the sequence."""
+_OWN = "own"
+"""What model_types.csv calls the family of types whose layers are like no other's."""
 _MOST_LAYERS, _MOST_PARAMETERS = 10_000, 10**14
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k")
@@ -58,14 +61,21 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _defaults().get(str(given.get("model_type", "")), {}).items():
         if not any(alias in given for alias in _ALIASES.get(key, (key,))):
             given[key] = bool(value) if key == "tie_word_embeddings" else value
+    if given.get("model_type") in HYBRIDS and given.get("num_hidden_layers") is None:
+        given["num_hidden_layers"] = len(layer_kinds(given))
     return given
+
+
+def _has_own_layers(config: Mapping[str, Any]) -> bool:
+    """Whether no formula knows its layers: a recurrent state, or what the table says."""
+    kind = str(config.get("model_type", ""))
+    own = _types().get(kind, {}).get("family") == _OWN or any(config.get(key) for key in _RECURRENT)
+    return kind not in HYBRIDS and (own or kind.startswith(("mamba", "rwkv")))
 
 
 def _check_decoder(config: Mapping[str, Any], name: str) -> None:
     kind = str(config.get("model_type", "it"))
     found = _types()[kind]["what"] if kind in _types() and not config.get("is_decoder") else ""
-    if any(config.get(key) for key in _RECURRENT) or kind.startswith(("mamba", "rwkv")):
-        found = "has a recurrent state"
     if config.get("is_encoder_decoder") is True or (config.get("encoder_layers") and config.get("decoder_layers")):
         found = "has an encoder beside its decoder"
     if found:
@@ -94,6 +104,8 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
 
     extra: dict[str, Any] = {}
     kind = str(config.get("model_type", ""))
+    if _has_own_layers(config):
+        return _checked(_known_by_code(name, first("layers"), first("hidden"), first("vocab")))
     family = kind if kind in families() else _types().get(kind, {}).get("family") or None
     if family is None:
         # A decoder of an unknown type: the Llama layout unless its keys say otherwise.
@@ -134,26 +146,38 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     head_dim = whole("head_dim", hidden // heads)
     if extra["kv_lora_rank"]:
         head_dim = extra["qk_nope_head_dim"] + extra["qk_rope_head_dim"]
-    shape = shape_of_family(
-        family,
-        name=name,
-        layers=first("layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=ffn,
-        gated=families()[family]["mlp"] == "gated",
-        vocab=first("vocab"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", families()[family]["tied"] == "1")),
-        experts=experts,
-        active_experts=any_of(_ACTIVE) if experts else 0,
-        positions=positions,
-        **extra,
-    )
+    dimensions: dict[str, Any] = {
+        "layers": first("layers"),
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn": ffn,
+        "gated": families()[family]["mlp"] == "gated",
+        "vocab": first("vocab"),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", families()[family]["tied"] == "1")),
+        "experts": experts,
+        "active_experts": any_of(_ACTIVE) if experts else 0,
+        "positions": positions,
+    }
+    if kind in HYBRIDS:
+        extra |= hybrid_dimensions(config)
+    return _checked(shape_of_family(family, name=name, **(dimensions | extra)))
+
+
+def _known_by_code(name: str, layers: int, hidden: int, vocab: int) -> ModelShape:
+    """What a config says of layers that no formula knows; the widths within them are placeholders."""
+    ones = dict.fromkeys(("heads", "kv_heads", "head_dim", "ffn"), 1)
+    return shape_of_family(
+        "llama", name=name, layers=layers, hidden=hidden, vocab=vocab, gated=True, tied_embeddings=True, guessed=True,
+        code_only=True, **ones,
+    )  # fmt: skip
+
+
+def _checked(shape: ModelShape) -> ModelShape:
     if shape.layers > _MOST_LAYERS or count_parameters(shape).total > _MOST_PARAMETERS:
         raise InputError(
-            f"model {name}: {shape.layers:.4g} layers of width {shape.hidden:.4g} are beyond {_MOST_LAYERS:,} layers or 1e14 "
+            f"model {shape.name}: {shape.layers:.4g} layers of width {shape.hidden:.4g} are beyond {_MOST_LAYERS:,} layers or 1e14 "
             "parameters; correct its config"
         )
     return shape
@@ -161,7 +185,7 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
 
 def _whole(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"model config: {key} is {value!r}; it must be a whole number")
+        raise InputError(f"model config: {key} is {repr(value)[:60]}; it must be a whole number")
     return value
 
 

@@ -21,13 +21,15 @@ class LayerFacts:
     activation: str
     """``silu``, ``gelu``, ``relu``, ``relu2``; ``gelu-written``: in single operators; ``clamped``: gpt-oss's gate."""
     softmax: str
-    """Of eager attention: ``fp32`` in any case, or in the scores' ``own`` type."""
+    """Of eager attention: in ``fp32`` in any case, or in the type of the residual ``stream`` (which the mask has)."""
     score_cap: bool
     """Eager attention's scores go through tanh."""
     logit_cap: bool
     """The logits do."""
     rotation: str
     """How queries and keys get their positions: ``whole``, ``cat`` (parts put together again), or ``none``."""
+    transposed: bool
+    """Products take a view of the weight, whose half copies autocast's cache does not keep."""
     modules: frozenset[str]
     """What transformers calls a layer's matrices."""
 
@@ -49,5 +51,6 @@ def layer_facts(family: str) -> LayerFacts:
         score_cap=row["score_cap"] == "1",
         logit_cap=row["logit_cap"] == "1",
         rotation=row["rotation"],
+        transposed=row["transposed"] == "1",
         modules=frozenset(row["modules"].split()),
     )

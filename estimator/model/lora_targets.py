@@ -38,14 +38,27 @@ def adapted_experts(shape: ModelShape, setup: Setup) -> bool:
     return any(name in _FEED_FORWARD for name, _, _ in adapted_matrices(shape, setup))
 
 
+def adapts_head(setup: Setup) -> bool:
+    """Whether the output projection, which is in no layer, has an adapter."""
+    named = (setup.lora_targets or "").replace(",", " ").split()
+    return setup.method in ("lora", "dora", "qlora") and any(name.rsplit(".", 1)[-1] == "lm_head" for name in named)
+
+
 def adapter_parameters(shape: ModelShape, setup: Setup) -> int:
     """Over all layers: rank·(inputs + outputs) a matrix, and with DoRA one magnitude an output. The tensor that holds gate and
     up of all experts has adapters of twice the rank."""
     rank, dora = setup.lora_rank or 0, setup.method == "dora"
     total = 0
     for moe, count in ((False, shape.plain_layers), (True, shape.moe_layers)):
-        matrices = adapted_matrices(shape, setup, moe=moe)
-        total += count * sum(rank * (inputs + outputs) + (outputs if dora else 0) for _, inputs, outputs in matrices)
+        for name, inputs, outputs in adapted_matrices(shape, setup, moe=moe):
+            # Of a hybrid's layers some attend; every feed-forward stands for its share of them.
+            layers = count if name in _FEED_FORWARD else count * shape.attention_layers // shape.feed_forwards
+            total += layers * (rank * (inputs + outputs) + (outputs if dora else 0))
+    if shape.mixer and setup.lora_targets in ("all-linear", "all"):
+        into, out = shape.mixer.projected, shape.mixer.values
+        total += shape.mixer.layers * (rank * (into + out + 2 * shape.hidden) + (into + shape.hidden if dora else 0))
+    if adapts_head(setup):
+        total += rank * (shape.hidden + shape.vocab) + (shape.vocab if dora else 0)
     if adapted_experts(shape, setup):
         h, f = shape.hidden, shape.ffn
         total += shape.moe_layers * shape.experts * rank * (2 * (h + (shape.matrices - 1) * f) + f + h)

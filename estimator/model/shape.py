@@ -6,10 +6,12 @@ E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, fields
 
 from estimator.errors import InputError
+from estimator.model.mixer import Mixer, mixer_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +60,29 @@ class ModelShape:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    mixer: Mixer | None = None
+    """Of a hybrid: the layers that carry a state along the sequence."""
+    attending: int | None = None
+    """Of a hybrid: the layers with attention; ``None`` where all have it."""
+    lone_feed_forwards: int = 0
+    """Layers that are a feed-forward alone, in models whose layers are each a mixer, attention or a feed-forward
+    (Nemotron-H); ``dense_layers`` of them are ordinary ones where there are experts."""
+    expert_hidden: int = 0
+    """Width in which routed experts work, between two projections of the layer (LatentMoE); 0 for the stream's."""
+    predicted_ahead: int = 0
+    """Further tokens that pretraining predicts, each through one more layer and the head (multi-token prediction), in code
+    that trains these: Megatron's. transformers leaves them out, and so do parameter counts."""
+    attention_gate: bool = False
+    """The query projection also makes a gate for attention's output."""
+    shared_gate: bool = False
+    """The shared expert has a gate of one number a token."""
     extra_parameters: int = 0
     """Parameters that an inferred shape leaves over: counted in states and checkpoints, not in activations."""
     inferred: bool = False
     guessed: bool = False
     """Read from a config whose type no family describes, as if it were Llama's or GPT's."""
+    code_only: bool = False
+    """Of a model whose layers no formula knows: only layers, width and vocabulary are its own, the rest stands for nothing."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "moe_every", "window_every"):
@@ -97,15 +117,34 @@ class ModelShape:
         return self.heads * self.v_head_dim if self.latent_attention else self.query_width
 
     @property
+    def attention_layers(self) -> int:
+        return self.layers if self.attending is None else self.attending
+
+    @property
+    def feed_forwards(self) -> int:
+        """Layers with a feed-forward of either kind."""
+        return self.lone_feed_forwards or self.layers
+
+    @property
+    def branches(self) -> int:
+        """What adds to the residual stream: attention (or a mixer) and feed-forward in each layer, or one of them."""
+        return self.layers if self.lone_feed_forwards else 2 * self.layers
+
+    @property
     def moe_layers(self) -> int:
         if not self.experts:
             return 0
-        return (self.layers - self.dense_layers) // self.moe_every
+        return (self.feed_forwards - self.dense_layers) // self.moe_every
 
     @property
     def plain_layers(self) -> int:
         """Layers with an ordinary feed-forward."""
-        return self.layers - self.moe_layers
+        return self.feed_forwards - self.moe_layers
+
+    @property
+    def routed_hidden(self) -> int:
+        """Width of the tokens that are sent to experts."""
+        return self.expert_hidden or self.hidden
 
     @property
     def plain_ffn(self) -> int:
@@ -130,6 +169,9 @@ class ParameterCount:
     experts: int
     """All routed experts."""
     router: int
+    """And what stands before and behind the routed experts."""
+    mixer: int
+    """Of a hybrid: what carries a state along the sequence."""
     norm: int
     head: int
     """The output projection where it is not tied."""
@@ -143,7 +185,7 @@ class ParameterCount:
     @property
     def linear(self) -> int:
         """Parameters in the matrices (and biases) of the layers: what autocast copies, besides the head."""
-        return self.attention + self.mlp + self.experts + self.router
+        return self.attention + self.mlp + self.experts + self.router + self.mixer
 
     @property
     def layered(self) -> int:
@@ -165,13 +207,23 @@ def attention_parameters(shape: ModelShape) -> int:
     q, kv = shape.query_width, shape.kv_width
     bias = {"": 0, "qkv": q + 2 * kv, "qkvo": q + 2 * kv + h}[shape.attention_bias]
     sinks = shape.heads if shape.family == "gpt_oss" else 0
-    return h * (2 * q + 2 * kv) + bias + sinks + (2 * shape.head_dim if shape.qk_norm else 0)
+    gate = h * q if shape.attention_gate else 0
+    return h * (2 * q + 2 * kv) + gate + bias + sinks + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
 def mlp_parameters(shape: ModelShape, width: int) -> int:
     """Of one feed-forward of ``width``: its matrices, and biases where the family has them."""
-    bias = ((shape.matrices - 1) * width + shape.hidden) if shape.mlp_bias else 0
-    return shape.matrices * shape.hidden * width + bias
+    return _feed_forward(shape, shape.hidden, width)
+
+
+def expert_parameters(shape: ModelShape) -> int:
+    """Of one routed expert."""
+    return _feed_forward(shape, shape.routed_hidden, shape.ffn)
+
+
+def _feed_forward(shape: ModelShape, hidden: int, width: int) -> int:
+    bias = ((shape.matrices - 1) * width + hidden) if shape.mlp_bias else 0
+    return shape.matrices * hidden * width + bias
 
 
 @functools.lru_cache(maxsize=256)
@@ -182,13 +234,15 @@ def count_parameters(shape: ModelShape) -> ParameterCount:
     router_bias = shape.experts if shape.mlp_bias or shape.family == "deepseek_v3" else 0
     if shape.family == "deepseek_v3":
         router_bias = 0  # e_score_correction_bias is a buffer
+    latent = 2 * h * shape.expert_hidden + (h if shape.shared_gate else 0)
     return ParameterCount(
         embedding=shape.vocab * h + shape.positions * h,
-        attention=shape.layers * attention_parameters(shape),
+        attention=shape.attention_layers * attention_parameters(shape),
         mlp=shape.plain_layers * mlp_parameters(shape, shape.plain_ffn)
         + shape.moe_layers * shape.shared_experts * mlp_parameters(shape, shape.ffn),
-        experts=shape.moe_layers * shape.experts * mlp_parameters(shape, shape.ffn),
-        router=shape.moe_layers * (h * shape.experts + router_bias),
+        experts=shape.moe_layers * shape.experts * expert_parameters(shape),
+        router=shape.moe_layers * (h * shape.experts + router_bias + latent),
+        mixer=shape.mixer.layers * mixer_parameters(shape.mixer, h) if shape.mixer else 0,
         norm=(shape.layers * shape.norms_per_layer + shape.extra_norms) * per_norm,
         head=(0 if shape.tied_embeddings else shape.vocab * h) + (shape.vocab if shape.head_bias else 0),
         other=shape.extra_parameters,
@@ -201,6 +255,21 @@ def active_parameters(shape: ModelShape) -> int:
     if not shape.experts:
         return count.total
     return count.total - count.experts + count.experts * shape.active_experts // shape.experts
+
+
+def with_predictions(shape: ModelShape) -> ModelShape:
+    """The shape with the layers of ``predicted_ahead`` among its own (a layer each; Nemotron-H: attention and experts)."""
+    ahead = shape.predicted_ahead
+    if not ahead:
+        return shape
+    if not shape.lone_feed_forwards:
+        return dataclasses.replace(shape, layers=shape.layers + ahead)
+    return dataclasses.replace(
+        shape,
+        layers=shape.layers + 2 * ahead,
+        attending=shape.attention_layers + ahead,
+        lone_feed_forwards=shape.lone_feed_forwards + ahead,
+    )
 
 
 _LORA_DEFAULT = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,14 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from estimator.arrays import Number, maximum
+from estimator.conventions import conventions
 from estimator.memory.logits import logit_bytes
 from estimator.memory.remembered import remembered
-from estimator.memory.states import placement, states, trainable_parameters, widths
-from estimator.model.shape import ModelShape, active_parameters, count_parameters
+from estimator.memory.states import Widths, placement, states, trainable_parameters, widths
+from estimator.model.mixer import scan_bytes, scan_flops
+from estimator.model.shape import ModelShape, active_parameters, count_parameters, with_predictions
 from estimator.setup import Setup
 from estimator.speed.traffic import (
     OPTIMIZER_OFFLOADS,
+    OWN_KERNELS,
     adapter_bytes,
+    cast_bytes,
     collective_bytes,
     elementwise_bytes,
     offload_bytes,
@@ -53,8 +57,14 @@ class StepWork:
     kernel_attention_flops: Number = 0.0
     """Of ``attention_flops``, what the kernel computes: all but eager ones skip masked blocks, and count as
     if heads were 128 wide."""
+    scan_flops: Number = 0.0
+    """Of layers that carry a state: the scan in chunks, masked half counted; states are computed again in backward."""
+    scan_bytes: Number = 0.0
+    """Traffic of these, their convolution and norm included."""
     operand_bytes: Number = 0.0
     """What the matrix products read and write at least: inputs, weights, outputs, accumulated gradients."""
+    cast_bytes: Number = 0.0
+    """Traffic of casts to 8 or 4 bits for the matrix products."""
     expert_flops: Number = 0.0
     """Of ``matmul_flops``, the routed experts' products: small, and as many as there are experts."""
     adapter_bytes: Number = 0.0
@@ -80,7 +90,9 @@ class StepWork:
     pipeline_bytes: Number = 0.0
     """Activations and their gradients sent to the next stage."""
     bubble: Number = 0.0
-    """Time that a stage waits for others, as a share of its work (not interleaved)."""
+    """Time that a stage waits for others, as a share of its work, before what interleaving hides of it."""
+    whole_bubble: Number = 0.0
+    """The same of a schedule that does not interleave."""
     micro_batches: Number = 1.0
     """Forward and backward passes of the step."""
 
@@ -152,6 +164,9 @@ def _reached(shape: ModelShape, setup: Setup) -> float:
 @remembered
 def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     """The work of one step (``setup`` resolved)."""
+    whole, ahead = shape, 0
+    if shape.predicted_ahead and setup.framework in MEGATRON and setup.method == "full" and is_megatron(setup):
+        shape, ahead = with_predictions(shape), shape.predicted_ahead
     count = count_parameters(shape)
     size = widths(setup)
     passes = _passes(shape, setup)
@@ -170,39 +185,48 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     products = passes.matmul + passes.trained
     matmul = 2.0 * tokens * (share * products - stopped * passes.repeated)
     matmul += (6.0 + 2.0 * passes.repeated) * tokens * adapters
+    # Each further token's layer reads the stream and the token before it, put together.
+    matmul += 2.0 * tokens * 2 * shape.hidden**2 * ahead * products
     experts = count.experts * shape.active_experts / shape.experts if shape.experts else 0.0
-    head = 2.0 * tokens * shape.vocab * shape.hidden * (2.0 + (1.0 if setup.method == "full" else 0.0))
-    attention = 2.0 * tokens * shape.heads * (shape.head_dim + _value_dim(shape)) * shape.layers * passes.attention
+    head = 2.0 * tokens * shape.vocab * shape.hidden * (2.0 + (1.0 if setup.method == "full" else 0.0)) * (1 + ahead)
+    attention = 2.0 * tokens * shape.heads * (shape.head_dim + _value_dim(shape)) * shape.attention_layers
+    attention = attention * passes.attention
     context, causal = _context(shape, setup)
     logits = logit_bytes(shape, setup)
     # Logits are already those of a tensor-parallel rank.
-    of_logits = tokens / setup.pipeline_parallel / setup.context_parallel
+    of_logits = (1 + ahead) * tokens / setup.pipeline_parallel / setup.context_parallel
     optimizer = persistent.trainable * 3 * size.trained / placement(setup).optimizer + 2 * persistent.optimizer
     quantized = persistent.quantized * setup.accumulation * (passes.matmul if setup.base_quantization else 0.0)
+    bubble = 1.0 * (setup.pipeline_parallel - 1) / setup.accumulation
+    interleaved = 1.0 * (setup.pipeline_schedule == "interleaved-1f1b")
     sent = collective_bytes(shape, setup, size, persistent, tokens)
     return StepWork(
         matmul_flops=matmul / devices_of_model,
         head_flops=head / devices_of_model,
         attention_flops=attention * context / devices_of_model,
         elementwise_bytes=elementwise_bytes(shape, setup, size, persistent, tokens) * passes.elementwise + of_adapters,
-        logits_bytes=2.0 * of_logits * maximum(logits.backward, 2 * size.compute * shape.vocab / setup.tensor_parallel),
+        logits_bytes=of_logits * _logit_traffic(logits.backward, shape.vocab / setup.tensor_parallel, size, setup),
         optimizer_bytes=optimizer,
         communication_bytes=sent_bytes(setup, sent),
         launches=_launches(shape, setup),
-        model_flops=model_flops_per_token(shape, setup) * setup.tokens_per_step,
+        model_flops=model_flops_per_token(whole, setup) * setup.tokens_per_step,
         kernel_attention_flops=attention
         * (context if writes_scores(setup) else causal * narrowness(shape.head_dim, _value_dim(shape)))
         / devices_of_model,
+        scan_flops=tokens * _scans(shape) * passes.attention / devices_of_model,
+        scan_bytes=tokens * _scanned(shape, size.compute) * passes.attention / devices_of_model,
         operand_bytes=operand_bytes(
             shape, setup, size, persistent, tokens, passes=passes.matmul, trained=passes.trained
         ),
+        cast_bytes=cast_bytes(shape, setup, persistent, tokens, recomputed=passes.repeated),
         expert_flops=2.0 * tokens * experts * products / devices_of_model,
         adapter_bytes=of_adapters,
         scores_bytes=scores_bytes(shape, setup, size) * tokens * setup.seq * passes.attention / devices_of_model,
         dequantize_bytes=quantized * (0.6 + size.compute),
         offload_bytes=offload_bytes(shape, setup, size, persistent, tokens),
         host_optimizer_bytes=2 * persistent.host_optimizer if setup.offload in OPTIMIZER_OFFLOADS else 0.0,
-        bubble=1.0 * (setup.pipeline_parallel - 1) / setup.accumulation,
+        bubble=interleaved * bubble,
+        whole_bubble=(1.0 - interleaved) * bubble,
         micro_batches=setup.accumulation,
         **sent,
     )
@@ -214,7 +238,8 @@ def model_flops_per_token(shape: ModelShape, setup: Setup) -> Number:
     count = count_parameters(shape)
     tables = 0 if shape.tied_embeddings else shape.vocab * shape.hidden  # the lookup multiplies nothing
     multiplying = active_parameters(shape) - tables - shape.positions * shape.hidden - count.norm
-    attention = 2.0 * _context(shape, setup)[0] * shape.heads * (shape.head_dim + _value_dim(shape)) * shape.layers
+    attention = 2.0 * _context(shape, setup)[0] * shape.heads * (shape.head_dim + _value_dim(shape))
+    attention = attention * shape.attention_layers + _scans(shape)
     if setup.method in ("lora", "dora", "qlora"):
         return 4.0 * multiplying + 6.0 * trainable_parameters(shape, setup) + 3.0 * attention
     if setup.method == "freeze":
@@ -222,6 +247,26 @@ def model_flops_per_token(shape: ModelShape, setup: Setup) -> Number:
         attention *= 1.0 + 2.0 * _trained(shape, setup)
         return 2.0 * multiplying + head + 4.0 * trainable_parameters(shape, setup) + attention
     return 6.0 * multiplying + 3.0 * attention
+
+
+def _logit_traffic(peak: Number, vocab: Number, size: Widths, setup: Setup) -> Number:
+    """Bytes of a token's loss: twice what it holds, or the two readings and the writing in place of a kernel of its own.
+    What Megatron normalises in place moves as many bytes as elsewhere."""
+    if setup.framework in OWN_KERNELS:
+        return 3.0 * size.compute * vocab
+    if setup.loss == "standard" and conventions(setup).softmax_in_place:
+        peak = 12.0 * vocab
+    return 2.0 * maximum(peak, 2 * size.compute * vocab)
+
+
+def _scans(shape: ModelShape) -> float:
+    """FLOPs of one token through all layers that carry a state, forward, beside their projections."""
+    return shape.mixer.layers * scan_flops(shape.mixer) if shape.mixer else 0.0
+
+
+def _scanned(shape: ModelShape, compute: float) -> float:
+    """The same in bytes."""
+    return shape.mixer.layers * scan_bytes(shape.mixer, compute) if shape.mixer else 0.0
 
 
 def _value_dim(shape: ModelShape) -> int:
@@ -248,13 +293,14 @@ def _context(shape: ModelShape, setup: Setup) -> tuple[Number, Number]:
 
 
 def _launches(shape: ModelShape, setup: Setup) -> Number:
-    """Kernels: about 30 a layer forward and twice that backward; routing doubles them, and each expert that the device
+    """Kernels: about 15 a branch (30 a layer) forward and twice that backward; routing doubles them, and each expert that the device
     holds has matrix products of its own (one cuBLAS call each in TransformerEngine's grouped products, a loop in
     transformers); quantized matrices are made whole before each product; fused and foreach optimizers a few a hundred
     tensors."""
     recompute = 1.0 if setup.checkpointing == "full" else 0.0
     routed = shape.moe_layers * (30.0 + shape.matrices * shape.experts / setup.expert_parallel)
-    per_pass = (30.0 * shape.layers + routed) / setup.pipeline_parallel + 20
+    scanned = _SCAN_KERNELS * shape.mixer.layers if shape.mixer else 0.0
+    per_pass = (15.0 * shape.branches + scanned + routed) / setup.pipeline_parallel + 20
     quantized: Number = 0.0
     if setup.base_quantization:
         quantized = _DEQUANTIZE_KERNELS * (4.0 + shape.matrices) * shape.layers * (2.0 + recompute)
@@ -262,5 +308,7 @@ def _launches(shape: ModelShape, setup: Setup) -> Number:
     return setup.accumulation * passes + 2.0 * shape.layers
 
 
+_SCAN_KERNELS = 8.0
+"""Of a layer that carries a state, forward: its convolution, and the cumulated decays, scores, states and sums of its chunks."""
 _DEQUANTIZE_KERNELS = 3.0
 """To make a quantized matrix whole: its scales, its codes, a cast."""

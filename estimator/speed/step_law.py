@@ -23,6 +23,7 @@ from estimator.result import Part
 from estimator.setup import Setup
 from estimator.speed.compute import StepWork, is_megatron, step_work
 from estimator.speed.rates import Rates, rates
+from estimator.speed.traffic import OWN_KERNELS
 from estimator.units import Interval
 
 
@@ -44,7 +45,9 @@ COEFFICIENTS = tuple(
         ("expert", 1.0, 0.5, "of routed experts, x the same and x matmul's"),
         ("head", 1.35, 0.25, "x FLOPs / peak of bf16"),
         ("attention", 2.2, 0.3, "x FLOPs that the kernel computes / peak of bf16"),
+        ("scan", 4.0, 0.7, "x FLOPs of the chunks / peak of bf16, and bytes / bandwidth"),
         ("operands", 0.75, 0.5, "x bytes of inputs, weights and outputs / bandwidth"),
+        ("casts", 1.25, 0.5, "x bytes / bandwidth"),
         ("elementwise", 1.25, 0.5, "x bytes / bandwidth"),
         ("adapters", 1.25, 0.5, "x bytes / bandwidth"),
         ("scores", 1.25, 0.5, "x bytes / bandwidth"),
@@ -58,7 +61,7 @@ COEFFICIENTS = tuple(
         ("pipeline", 0.3, 0.7, "x bytes / link"),
         ("gathered", 1.4, 0.7, "x bytes / link"),
         ("reduced", 1.4, 0.7, "x bytes / link"),
-        ("bubble", 0.5, 0.7, "x (stages - 1) / micro-batches: below 1 what interleaving hides"),
+        ("bubble", 0.5, 0.7, "x (stages - 1) / micro-batches, where stages are interleaved: below 1 what that hides"),
         ("offload", 1.65, 0.5, "x bytes / PCIe"),
         ("host", 5e-11, 0.5, "seconds a byte of an optimizer in host memory"),
         ("step", 2e-3, 1.0, "seconds a step: data, schedule, logging"),
@@ -71,8 +74,21 @@ _LAUNCH_POWER, _OVERLAP_POWER = 4.0, 2.0
 overlap less neatly."""
 
 
-def levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[str, tuple[tuple[str, str], ...]]:
+HYBRID = ("layers", "hybrid")
+"""What hybrids have of their own in each kind of work: which of their products stay in half precision, how their layers are
+fused and captured is in no column. It also keeps their rows from bending what transformers share."""
+_OF_HYBRIDS = ("matmul", "expert", "operands", "casts", "elementwise", "launches", "routing")
+
+
+def levels(
+    setup: Setup, accelerator: Accelerator, *, megatron: bool, hybrid: bool = False
+) -> dict[str, tuple[tuple[str, str], ...]]:
     """By coefficient the (factor, level) pairs that may shift it."""
+    found = _levels(setup, accelerator, megatron=megatron)
+    return found | {name: (*found.get(name, ()), HYBRID) for name in _OF_HYBRIDS} if hybrid else found
+
+
+def _levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[str, tuple[tuple[str, str], ...]]:
     framework = "megatron" if megatron and setup.framework.startswith(("hf", "torch-loop")) else setup.framework
     # NeMo trains with Megatron's engine, and with FSDP through another (AutoModel).
     if framework == "nemo" and setup.sharding == "fsdp":
@@ -80,9 +96,10 @@ def levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[st
     kind = setup.precision.partition("-")[0]
     architecture = accelerator.architecture.split()[0]
     kernel = setup.attention_kernel or setup.attention
-    compiled = "compiled" if setup.compile else "eager"
+    own = setup.framework in OWN_KERNELS  # fused as a compiler would
+    compiled = "compiled" if setup.compile or own else "eager"
     # Written for one model and one vendor's kernels, or for all that PyTorch runs.
-    engine = ("engine", "megatron" if megatron else "torch")
+    engine = ("engine", "megatron" if megatron or own else "torch")
     # What Megatron-Bridge's table calls ddp are mostly its older releases: their effect, not that of the sharding.
     sharding = ("framework and sharding", f"{framework} {setup.sharding}")
     return {
@@ -144,12 +161,14 @@ def fitted_law() -> StepLaw:
     )
 
 
-def multipliers(law: StepLaw, setup: Setup, accelerator: Accelerator) -> dict[str, Number]:
+def multipliers(law: StepLaw, setup: Setup, accelerator: Accelerator, *, hybrid: bool = False) -> dict[str, Number]:
     """Each coefficient as it is for a setup: the general one times its levels' effects."""
     megatron = is_megatron(setup)
     if is_plain(megatron):
-        return _multipliers(law, levels(setup, accelerator, megatron=bool(megatron)))
-    yes, no = (_multipliers(law, levels(setup, accelerator, megatron=answer)) for answer in (True, False))
+        return _multipliers(law, levels(setup, accelerator, megatron=bool(megatron), hybrid=hybrid))
+    yes, no = (
+        _multipliers(law, levels(setup, accelerator, megatron=answer, hybrid=hybrid)) for answer in (True, False)
+    )
     return {name: where(megatron, yes[name], no[name]) for name in yes}
 
 
@@ -169,9 +188,11 @@ def seconds_by_kind(work: StepWork, at: Rates, by: Mapping[str, Number]) -> dict
     device = {
         "matrix products": (work.matmul_flops + (by["expert"] - 1.0) * work.expert_flops) / at.flops * by["matmul"]
         + work.operand_bytes / memory * by["operands"],
+        "casts": work.cast_bytes / memory * by["casts"],
         "head": work.head_flops / at.half_flops * by["head"],
         "attention": work.kernel_attention_flops / at.half_flops * by["attention"]
         + work.scores_bytes / memory * by["scores"],
+        "scans": (work.scan_flops / at.half_flops + work.scan_bytes / memory) * by["scan"],
         "elementwise": (work.elementwise_bytes - work.adapter_bytes) / memory * by["elementwise"],
         "adapters": work.adapter_bytes / memory * by["adapters"],
         "logits": work.logits_bytes / memory * by["logits"],
@@ -183,7 +204,7 @@ def seconds_by_kind(work: StepWork, at: Rates, by: Mapping[str, Number]) -> dict
     }
     busy: Number = sum(device.values())
     passes = _overlapped(busy, work.launches * by["launches"], _LAUNCH_POWER)
-    bubble = passes * work.bubble * by["bubble"]
+    bubble = passes * (work.bubble * by["bubble"] + work.whole_bubble)
     gathering = _overlapped(passes + bubble, work.gathered_bytes * at.data * by["gathered"], _OVERLAP_POWER)
     # Gradients are reduced once, behind the last micro-batch's backward.
     last = gathering / work.micro_batches
@@ -211,7 +232,8 @@ def formula_seconds(work: StepWork, setup: Setup, accelerator: Accelerator) -> t
     at = rates(setup, accelerator)
     if at is None:
         return None
-    amounts = seconds_by_kind(work, at, multipliers(fitted_law(), setup, accelerator))
+    hybrid = work.scan_flops > 0 if is_plain(work.scan_flops) else (work.scan_flops > 0).any()
+    amounts = seconds_by_kind(work, at, multipliers(fitted_law(), setup, accelerator, hybrid=bool(hybrid)))
     total: Number = sum(amounts.values())
     longer = maximum(_least_seconds(work, at) / total, 1.0)
     return tuple(
@@ -222,13 +244,15 @@ def formula_seconds(work: StepWork, setup: Setup, accelerator: Accelerator) -> t
 
 
 def _least_seconds(work: StepWork, at: Rates) -> Number:
-    return (work.matmul_flops + work.head_flops + work.attention_flops) / at.flops
+    return (work.matmul_flops + work.head_flops + work.attention_flops + work.scan_flops) / at.flops
 
 
 _FORMULAS = {
     "matrix products": "FLOPs / peak, and operands' bytes / bandwidth",
     "head": "FLOPs / peak of bf16",
     "attention": "FLOPs of unmasked blocks / peak of bf16",
+    "casts": "bytes / bandwidth",
+    "scans": "FLOPs of chunks / peak of bf16, and bytes / bandwidth",
     "elementwise": "bytes / bandwidth",
     "adapters": "bytes / bandwidth",
     "logits": "bytes / bandwidth",
@@ -246,29 +270,37 @@ _FORMULAS = {
 }
 
 
-def unseen(shape: ModelShape, setup: Setup, accelerator: Accelerator) -> tuple[str, ...]:
+def unseen(shape: ModelShape, setup: Setup, accelerator: Accelerator, law: StepLaw | None = None) -> tuple[str, ...]:
     """Which of model, framework and accelerator (with this framework, in this precision) no row of the fit had."""
-    law = fitted_law()
+    law = law or fitted_law()
     of = levels(setup, accelerator, megatron=bool(is_megatron(setup)))
-    (_, framework), _, (_, pair) = of["total"][:3]
+    (_, framework), (_, name), (_, pair) = of["total"][:3]
     (_, kind) = of["matmul"][0]
+    seen = law.effects["total"]
+    known = framework in seen["framework"]
     new = {
         "model": shape.guessed or layout(shape) not in law.models,
-        "framework": framework not in law.effects["total"]["framework"],
-        "accelerator": pair not in law.effects["total"]["framework and accelerator"]
+        "framework": not known,
+        # A framework of which nothing is known is not known on any accelerator either: that is in its own width.
+        "accelerator": (pair not in seen["framework and accelerator"] if known else name not in seen["accelerator"])
         or kind not in law.effects["matmul"]["precision"],
     }
     return tuple(what for what in new if new[what])
 
 
+def interval_half_width(widths: Mapping[str, float], framework: str, unknown: tuple[str, ...]) -> float:
+    """In factors e: the widest of the framework's own and those of what is unknown. Rows of which several things were unknown
+    were off no more than that; adding the widths up held all of them."""
+    return max(widths.get(framework, 0.0), *(widths[f"unknown {what}"] for what in unknown), 0.0)
+
+
 def step_interval(seconds: float, shape: ModelShape, setup: Setup, accelerator: Accelerator) -> Interval:
     """The 90% interval: as wide as rows of the evidence were off that the fit had left out, by what it had seen of them.
 
-    What several unseen things add is taken as independent. No end is faster than all products at the datasheet's peak."""
+    No end is faster than all products at the datasheet's peak."""
     (_, framework), *_ = levels(setup, accelerator, megatron=bool(is_megatron(setup)))["total"]
     widths = fitted_law().half_widths["experts" if shape.experts else "dense"]
-    new = [widths[f"unknown {what}"] for what in unseen(shape, setup, accelerator)]
-    width = max(widths.get(framework, 0.0), math.hypot(*new))
+    width = interval_half_width(widths, framework, unseen(shape, setup, accelerator))
     at = rates(setup, accelerator)
     least = 0.0 if at is None else float(_least_seconds(step_work(shape, setup), at))
     low = min(seconds, max(seconds * math.exp(-width), least))

@@ -12,7 +12,11 @@ from estimator.memory.states import States, Widths, placement
 from estimator.model.shape import ModelShape, lora_modules
 from estimator.setup import Setup
 
+NARROW = ("fp8", "mxfp8", "nvfp4")
+"""Precisions whose products are in 8 or 4 bits."""
 OPTIMIZER_OFFLOADS = ("optimizer", "optimizer+parameters")
+OWN_KERNELS = ("llm.c",)
+"""Kernels written for one family of models and one vendor, as Megatron's are, without its checkpointing and parallelism."""
 
 
 def writes_scores(setup: Setup) -> bool:
@@ -28,35 +32,73 @@ def operand_bytes(
     Weights pass once a micro-batch, however few tokens it has: what makes small matrix products slow. ``passes`` counts
     forward, the inputs' gradients and recomputation, ``trained`` the share of the weights that get gradients.
     """
+    layers = _product_widths(shape, setup)
+    head = shape.hidden + shape.vocab / setup.tensor_parallel
+    ends = tokens / setup.context_parallel / setup.pipeline_parallel
+    activations = size.compute * ends * (layers * (passes + trained) + head * 3)
+    weights = size.compute * passes + 2 * size.trained * trained
+    return activations + setup.accumulation * persistent.linear * weights
+
+
+def _product_widths(shape: ModelShape, setup: Setup) -> Number:
+    """Inputs and outputs of all matrix products of the layers, in elements of a token on one device."""
     h = shape.hidden
     ways = setup.tensor_parallel
     attention = 2 * h + (2 * shape.query_width + 2 * shape.kv_width) / ways
     matrices = shape.matrices
     dense = (matrices if not shape.gated else 2) * h + matrices * shape.plain_ffn / ways
-    routed = (shape.active_experts + shape.shared_experts) * (2 * h + matrices * shape.ffn / ways)
-    widths_of_layers = shape.layers * attention + shape.plain_layers * dense + shape.moe_layers * routed
-    head = h + shape.vocab / ways
-    ends = tokens / setup.context_parallel / setup.pipeline_parallel
-    activations = size.compute * ends * (widths_of_layers * (passes + trained) + head * 3)
-    weights = size.compute * passes + 2 * size.trained * trained
-    return activations + setup.accumulation * persistent.linear * weights
+    routed = shape.active_experts * (2 * shape.routed_hidden + matrices * shape.ffn / ways)
+    routed += shape.shared_experts * (2 * h + matrices * shape.ffn / ways)
+    routed += 2 * (h + shape.expert_hidden) if shape.expert_hidden else 0
+    widths_of_layers = shape.attention_layers * attention + shape.plain_layers * dense + shape.moe_layers * routed
+    if shape.mixer:
+        widths_of_layers = widths_of_layers + shape.mixer.layers * (
+            2 * h + (shape.mixer.projected + shape.mixer.values) / ways
+        )
+    return widths_of_layers
+
+
+def cast_bytes(shape: ModelShape, setup: Setup, persistent: States, tokens: Number, *, recomputed: Number) -> Number:
+    """Bytes of what products in 8 or 4 bits need: inputs in forward and outputs' gradients in backward are read in half
+    precision and written twice, by rows and by columns; weights the same once a step. NVFP4 is half as wide, and reads twice:
+    for the largest number first."""
+    if not setup.precision.startswith(NARROW):
+        return 0.0
+    written = 3.0 if setup.precision.startswith("nvfp4") else 2.0
+    found = tokens / setup.context_parallel / setup.pipeline_parallel * _product_widths(shape, setup)
+    return (2.0 + written) * (found * (1.0 + recomputed / 2) + persistent.linear)
 
 
 def elementwise_bytes(shape: ModelShape, setup: Setup, size: Widths, persistent: States, tokens: Number) -> Number:
     """Bytes of one forward pass of what is not a matrix product: norms and residuals read and write the stream twice
     each, rotations and activations their tensors; routing permutes tokens; autocast casts the weights anew for each micro-batch."""
     h, c = shape.hidden, size.compute
-    stream = size.stream * h * (3.0 * shape.norms_per_layer + 6.0)
+    if setup.framework in OWN_KERNELS:
+        return tokens * c * shape.layers * _own_kernels_width(shape)
+    stream = size.stream * h * (3.0 * shape.norms_per_layer + 3.0 * shape.branches / shape.layers)
     rotation = c * 3.0 * (shape.query_width + shape.kv_width)
     per_width = 4.0 if shape.gated else 2.0
     dense = c * per_width * shape.plain_ffn
     routed = c * (
-        per_width * shape.ffn * (shape.active_experts + shape.shared_experts) + 4.0 * h * shape.active_experts
+        per_width * shape.ffn * (shape.active_experts + shape.shared_experts)
+        + 4.0 * shape.routed_hidden * shape.active_experts
     )
-    width = shape.layers * (stream + rotation) + shape.plain_layers * dense + shape.moe_layers * routed
+    if shape.mlp_bias:  # grouped products have no epilogue: biases are added to what they wrote
+        outputs = (shape.matrices - 1) * shape.ffn + shape.routed_hidden
+        routed += c * 2.0 * outputs * shape.active_experts
+    width = shape.layers * stream + shape.attention_layers * rotation
+    width += shape.plain_layers * dense + shape.moe_layers * routed
     devices_of_model = setup.tensor_parallel * setup.pipeline_parallel * setup.context_parallel
     casts = 6.0 / 3.0 * setup.accumulation * persistent.linear if size.casts_weights else 0.0
     return tokens * width / devices_of_model + casts
+
+
+def _own_kernels_width(shape: ModelShape) -> float:
+    """Values that llm.c's kernels read and write for a token and layer, a third of forward and backward (train_gpt2.cu, -r 0):
+    a norm and its residual 4 h in each, an activation 2 f and 3 f, products' outputs once more for the biases' gradients."""
+    norms = 8.0 * shape.hidden * shape.norms_per_layer
+    biases = shape.query_width + 2.0 * shape.kv_width + 2.0 * shape.hidden + shape.ffn
+    return (norms + 5.0 * shape.ffn + biases) / 3.0
 
 
 def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, tokens: Number) -> Number:
@@ -77,7 +119,7 @@ def scores_bytes(shape: ModelShape, setup: Setup, size: Widths) -> float:
     """Bytes per token and token of context of attention matrices that exist: mask, softmax in fp32 and its cast."""
     if not writes_scores(setup):
         return 0.0
-    return shape.layers * shape.heads * (4.0 * size.compute + 8.0) / 3.0
+    return shape.attention_layers * shape.heads * (4.0 * size.compute + 8.0) / 3.0
 
 
 def offload_bytes(shape: ModelShape, setup: Setup, size: Widths, persistent: States, tokens: Number) -> Number:
@@ -103,15 +145,22 @@ def collective_bytes(
     """Bytes by collective. Of the data-parallel ones the whole payload, which the ranks of a machine share the link for;
     of the others what one device sends: an all-reduce 2 (d-1)/d of its bytes, a gather or scatter (d-1)/d."""
     stage = tokens / setup.context_parallel / setup.pipeline_parallel
-    stream = size.compute * stage * shape.hidden
+    stream, routed = size.compute * stage * shape.hidden, size.compute * stage * shape.routed_hidden
     tensor, context, expert = setup.tensor_parallel, setup.context_parallel, setup.expert_parallel
     found: dict[str, Number] = {
-        # Two all-reduces (or gather and scatter) a layer in forward and in backward.
-        "tensor_bytes": 4 * 2.0 * (tensor - 1) / tensor * stream * shape.layers,
+        # Two all-reduces (or gather and scatter) a layer in forward and in backward: one a branch.
+        "tensor_bytes": 4.0 * (tensor - 1) / tensor * stream * shape.branches,
         # Keys and values of every other rank in forward; in backward these and their gradients.
-        "context_bytes": 3 * 2.0 * size.compute * stage * shape.kv_width / tensor * (context - 1) * shape.layers,
+        "context_bytes": 3
+        * 2.0
+        * size.compute
+        * stage
+        * shape.kv_width
+        / tensor
+        * (context - 1)
+        * shape.attention_layers,
         # Dispatch and combine, forward and backward.
-        "expert_bytes": 4.0 * (expert - 1) / expert * stream / tensor * shape.active_experts * shape.moe_layers,
+        "expert_bytes": 4.0 * (expert - 1) / expert * routed / tensor * shape.active_experts * shape.moe_layers,
         "pipeline_bytes": 2.0 * stream * setup.pipeline_parallel / tensor * (1.0 * (setup.pipeline_parallel > 1)),
     }
     many = 1.0 * (setup.data_ranks * context > 1)

@@ -228,3 +228,20 @@ def test_no_end_of_an_interval_is_faster_than_the_peak() -> None:
         assert time is not None and time.mfu is not None
         assert time.step_seconds.low <= time.step_seconds.value <= time.step_seconds.high
         assert time.mfu.high <= 1 + 1e-9, setup
+
+
+def test_a_pipeline_that_does_not_interleave_waits_longer() -> None:
+    base = Setup(model="gpt-175b", framework="megatron", accelerator="a100", accelerators=64, tensor_parallel=8,
+                 pipeline_parallel=8, accumulation=16, seq=2048)  # fmt: skip
+    unsaid, interleaved, plain = (
+        seconds(dataclasses.replace(base, pipeline_schedule=schedule))
+        for schedule in (None, "interleaved-1f1b", "1f1b")
+    )
+    assert unsaid == interleaved < plain
+
+
+def test_nine_in_ten_rows_that_a_fit_had_left_out_are_within_their_interval() -> None:
+    stored = json.loads((resources.files("estimator.data") / "step_law.json").read_text("utf-8"))
+    for split, held in stored["coverage"].items():
+        for kind in ("all", "dense", "experts"):
+            assert 0.86 <= held[kind][1] <= 0.97, (split, kind)
