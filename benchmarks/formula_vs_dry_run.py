@@ -1,7 +1,7 @@
 """The memory formula judged by the dry run on random setups: ``python benchmarks/formula_vs_dry_run.py [COUNT [SEED [KIND]]]``.
 
-Prints the percentiles of |formula / dry run - 1| of the allocated peak, by method and in all, and the worst setups: on one
-device, or with the KIND ``fsdp`` or ``parallel`` (DDP, ZeRO, hybrid sharding, tensor parallelism) over 2 to 64.
+Prints the percentiles of |formula / dry run - 1| of the allocated peak, by method and in all, those of the reserved peak, and
+the worst setups: on one device, or with the KIND ``fsdp`` or ``parallel`` (DDP, ZeRO, tensor parallelism) over 2 to 64.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.sharded_setups import draw_fsdp, draw_parallel
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError
-from estimator.memory.formula import memory_phases, peak_phase
+from estimator.memory.formula import memory_phases, peak_and_segment_bytes, peak_phase
 from estimator.model.catalog import resolve_model
 from estimator.possible import check_possible
 from estimator.score import percentile
@@ -58,12 +58,18 @@ class Gap:
     setup: Setup
     formula_bytes: int
     dry_bytes: int
+    formula_reserved_bytes: int
+    dry_reserved_bytes: int
     formula_phase: str
     dry_phase: str
 
     @property
     def relative(self) -> float:
         return self.formula_bytes / self.dry_bytes - 1
+
+    @property
+    def relative_reserved(self) -> float:
+        return self.formula_reserved_bytes / self.dry_reserved_bytes - 1
 
 
 def draw(seed: int) -> Iterator[Setup]:
@@ -127,71 +133,7 @@ def drawn_shape(chance: random.Random) -> str:
     return str(file)
 
 
-def draw_sharded(seed: int) -> Iterator[Setup]:
-    """Random setups under FSDP, without end; the same for the same seed."""
-    chance = random.Random(seed)
-    while True:
-        method = chance.choice(("full", "full", "full", "lora"))
-        yield Setup(
-            model=chance.choice(("llama-3.2-1b", "llama-3.2-3b", "qwen3-4b", "mistral-7b", "llama-3.1-8b")),
-            framework=chance.choice(("hf-trainer", "hf-trainer", "torch-loop", "torchtitan")),
-            accelerator="H100-SXM-80GB",
-            accelerators=chance.choice((2, 4, 8, 8, 32, 64)),
-            sharding="fsdp",
-            reshard_after_forward=chance.random() < 0.9,
-            method=method,
-            precision=chance.choice(("bf16-mixed", "bf16-mixed", "bf16", "fp32")),
-            optimizer="adamw-fused",  # torchtitan's own; its dry run takes `adamw` for foreach
-            checkpointing=chance.choice(("none", "full", "full")),
-            loss=chance.choice(("standard", "standard", "chunked", "fused-kernel", "fused-linear")),
-            seq=chance.choice((512, 1024, 2048, 4096)),
-            batch=chance.choice((1, 1, 2)),
-            accumulation=chance.choice((1, 1, 2)),
-        )
-
-
-_PARALLEL: tuple[dict[str, Any], ...] = (
-    {"sharding": "ddp"},
-    {"sharding": "zero1", "framework": "hf-trainer+deepspeed"},
-    {"sharding": "zero2", "framework": "hf-trainer+deepspeed"},
-    {"sharding": "zero3", "framework": "hf-trainer+deepspeed"},
-    {"sharding": "fsdp", "shard_size": 2},
-    {"sharding": "none", "framework": "torchtitan", "tensor_parallel": 2},
-    {"sharding": "fsdp", "framework": "torchtitan", "tensor_parallel": 2},
-)
-
-
-def draw_parallel(seed: int) -> Iterator[Setup]:
-    """Random setups of other parallelism than plain FSDP, without end; the same for the same seed."""
-    chance = random.Random(seed)
-    while True:
-        kind = chance.choice(_PARALLEL)
-        tensor, zero = kind.get("tensor_parallel", 1), str(kind["sharding"]).startswith("zero")
-        ranks = tensor if kind["sharding"] == "none" else chance.choice((2, 4, 8, 8, 32))
-        setup = Setup(
-            model=chance.choice(("llama-3.2-1b", "llama-3.2-3b", "qwen3-4b", "mistral-7b")),
-            accelerator="H100-SXM-80GB",
-            accelerators=max(ranks, 2 * tensor if kind["sharding"] == "fsdp" else tensor),
-            method=chance.choice(("full", "full", "lora")) if tensor == 1 else "full",
-            precision="bf16-mixed" if zero else chance.choice(("bf16-mixed", "bf16-mixed", "bf16", "fp32")),
-            optimizer="adamw-fused",
-            checkpointing=chance.choice(("none", "full", "full")),
-            loss=chance.choice(("standard", "standard", "chunked", "fused-kernel", "fused-linear"))
-            if tensor == 1
-            else "standard",
-            seq=chance.choice((512, 1024, 2048, 4096)),
-            batch=chance.choice((1, 1, 2)),
-            accumulation=chance.choice((1, 1, 2)),
-            **kind,
-        )
-        try:
-            check_possible(resolve_model(setup.model), setup.resolved())
-        except InputError:
-            continue
-        yield setup
-
-
-_DRAWS = {"one": draw, "fsdp": draw_sharded, "parallel": draw_parallel}
+_DRAWS = {"one": draw, "fsdp": draw_fsdp, "parallel": draw_parallel}
 
 
 def compare(setup: Setup) -> Gap | None:
@@ -201,11 +143,14 @@ def compare(setup: Setup) -> Gap | None:
     except InputError:
         return None
     resolved = setup.resolved()
-    peak = peak_phase(memory_phases(resolve_model(setup.model), resolved))
+    shape = resolve_model(setup.model)
+    peak = peak_phase(memory_phases(shape, resolved))
     return Gap(
         setup=setup,
         formula_bytes=peak.bytes,
         dry_bytes=found.peak_allocated_bytes,
+        formula_reserved_bytes=round(peak_and_segment_bytes(shape, resolved)[1]),
+        dry_reserved_bytes=found.peak_reserved_bytes,
         formula_phase=peak.phase,
         dry_phase=found.peak_phase,
     )
@@ -219,11 +164,12 @@ def stated(setup: Setup) -> str:
 
 def report(gaps: list[Gap]) -> Iterator[str]:
     groups = {"all": gaps} | {m: [g for g in gaps if g.setup.method == m] for m in dict.fromkeys(METHODS)}
-    for name, members in groups.items():
-        sizes = [abs(gap.relative) for gap in members]
-        if sizes:
-            shares = ", ".join(f"p{100 * p:.0f} {100 * percentile(sizes, p):.2f}%" for p in (0.5, 0.9, 0.95, 1.0))
-            yield f"{name}: {len(sizes)} setups, {shares}"
+    sizes = {name: [abs(gap.relative) for gap in members] for name, members in groups.items()}
+    sizes["reserved, all"] = [abs(gap.relative_reserved) for gap in gaps]
+    for name, members in sizes.items():
+        if members:
+            shares = ", ".join(f"p{100 * p:.0f} {100 * percentile(members, p):.2f}%" for p in (0.5, 0.9, 0.95, 1.0))
+            yield f"{name}: {len(members)} setups, {shares}"
     yield "worst:"
     for gap in sorted(gaps, key=lambda gap: -abs(gap.relative))[:20]:
         phases = f"{gap.formula_phase}/{gap.dry_phase}"

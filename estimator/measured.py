@@ -117,10 +117,13 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
         del stated["attention_kernel"]
     if "base_quantization" in stated:
         stated["base_quantization"] = _QUANTIZATIONS.get(stated["base_quantization"], stated["base_quantization"])
+    stated |= _as_sourced(stated)
     version = re.match(r"(\d+)\.(\d+)", str(stated.get("transformers", "")))
     if version:
         stated.setdefault("logit_copies", _logit_copies(int(version[1]), int(version[2])))
-    for name, value in _UNSTATED.get(str(stated.get("framework")), {}).items():
+    framework = str(stated.get("framework"))
+    recipes = "automodel" if _checkpoints_in_automodel(stated) else framework
+    for name, value in _UNSTATED.get(recipes, {}).items():
         stated.setdefault(name, value)
     traced = re.search(r"graph_trainer|compiler toolkit", str(stated.get("notes", "")))
     if stated.get("framework") == "torchtitan" and str(stated.get("compile", "")).lower() == "true" and not traced:
@@ -129,6 +132,8 @@ def from_row(row: Mapping[str, Any]) -> MeasuredRun:
         _before_transformers_5(stated)
     stated |= _noted(str(stated.get("notes", "")))
     stated |= _as_loaded(stated)
+    if "accelerators" not in stated and "expert_parallel" in stated:  # at least as many as the experts are over
+        stated["accelerators"] = stated["expert_parallel"]
     label = str(stated.get("run", "?"))
     try:
         if "run" not in stated:
@@ -155,10 +160,30 @@ def _plain_targets(text: str) -> str | None:
     return " ".join(names) or None
 
 
+def _as_sourced(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row's source or notes name and its columns have wrong: litgpt's configurations say ``gemma2-2b``, which is not
+    ``gemma-2b``, and torchtitan was run for another project's page."""
+    named: dict[str, Any] = {}
+    if config := re.search(r"config_hub/finetune/gemma2-(\d+b)/", str(stated.get("source", ""))):
+        named["model"] = f"gemma-2-{config[1]}"
+    if re.search(r"(^|; )torchtitan \w+ 20\d\d, command", str(stated.get("notes", ""))):
+        named["framework"] = "torchtitan"
+    return named
+
+
+def _checkpoints_in_automodel(stated: Mapping[str, Any]) -> bool:
+    """NeMo with FSDP is Automodel, whose benchmark recipes checkpoint (54 of 66), but on one device and for small mixtures
+    (examples/llm_benchmark: llama3_1_8b_peft, qwen2_5_7b_peft, gptoss_20b, moonlight_16b)."""
+    small = str(stated.get("model")).startswith(("gpt-oss-20b", "moonlight-16b"))
+    automodel = stated.get("framework") == "nemo" and stated.get("sharding") == "fsdp"
+    return automodel and not small and str(stated.get("accelerators")).removesuffix(".0") != "1"
+
+
 _UNSTATED: dict[str, dict[str, str]] = {
     "torchtitan": {"checkpointing": "selective"},
     "torchtune": {"checkpointing": "full"},
     "llm-foundry": {"loss": "fused-kernel"},
+    "automodel": {"checkpointing": "full"},
 }
 """What a framework's own recipes do where a table says nothing, and a setup's default is another."""
 _QUANTIZATIONS = {"int4": "nf4-dq"}

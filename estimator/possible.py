@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from estimator.arrays import Number
+from estimator.arrays import Number, either
 from estimator.errors import InputError
 from estimator.model.shape import ModelShape
 from estimator.setup import Setup
@@ -16,6 +16,22 @@ def check_possible(shape: ModelShape, setup: Setup) -> None:
     for holds, problem in _rules(shape, setup):
         if not holds:
             raise InputError(problem())
+
+
+def check_by_code(shape: ModelShape, setup: Setup) -> None:
+    """Raises InputError for what needs more of a model than its own code tells: which parameters are in which matrices."""
+    known = {
+        "method": "full",
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        "expert_parallel": 1,
+        "context_parallel": 1,
+    }
+    for name, value in known.items():
+        if getattr(setup, name) != value:
+            raise InputError(
+                f"{name}: {shape.name} is known by its code alone, which says nothing of {getattr(setup, name)}; write {value}"
+            )
 
 
 def possible(shape: ModelShape, setup: Setup) -> Number:
@@ -65,11 +81,21 @@ def _rules(shape: ModelShape, setup: Setup) -> Iterator[tuple[Number, Callable[[
             expert == 1,
             lambda: f"expert_parallel: {shape.name} has no experts; leave --expert-parallel out",
         )
+    context = setup.context_parallel
+    # Ring attention gives each rank a piece from either end, so that causal work is even: torch's head-tail balancer,
+    # torchtitan's seq_len_divisor and Megatron's check of its arguments all ask for it.
     yield (
-        setup.context_parallel <= setup.seq,
+        either(context == 1, setup.seq % (2 * context) == 0),
         lambda: (
-            f"context_parallel: {setup.context_parallel} ranks are more than the {setup.seq} tokens of a sequence; "
-            "write a smaller --context-parallel"
+            f"context_parallel: {context} ranks share a sequence as {2 * context} even pieces, which {setup.seq} tokens are "
+            f"not; write --seq {-(-setup.seq // (2 * context)) * 2 * context}"
+        ),
+    )
+    yield (
+        setup.base_quantization != "int8" or str(setup.sharding) not in ("zero3", "fsdp"),
+        lambda: (
+            f"base_quantization: int8 weights cannot be sharded by {setup.sharding}, as bitsandbytes stores none but 4-bit "
+            "ones in a type that can be; write --quantization nf4, or --sharding ddp"
         ),
     )
     if setup.shard_size is not None:

@@ -17,6 +17,7 @@ from estimator.errors import InputError
 FRAMEWORKS = (
     "hf-trainer", "torch-loop", "hf-trainer+deepspeed", "torchtitan", "torchtune", "litgpt", "llm-foundry", "megatron",
     "megatron-deepspeed", "nemo", "mlperf", "axolotl", "unsloth", "internevo", "jax", "fms-fsdp", "hf-loop",
+    "llm.c",
 )  # fmt: skip
 METHODS = ("full", "freeze", "lora", "dora", "qlora", "adapter", "adapter_v2")
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8", "gptq-int4", "gptq-int8")
@@ -33,7 +34,7 @@ _FRAMEWORK_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _OTHER_FRAMEWORKS = {"optimizer": "adamw", "zero_grad": "none"}
 # Of several data-parallel ranks; fsdp elsewhere. Megatron's recipes turn its distributed optimizer on.
-_DEFAULT_SHARDING = {"megatron": "zero1", "megatron-deepspeed": "zero1", "nemo": "zero1", "mlperf": "zero1"}
+_DEFAULT_SHARDING = dict.fromkeys(("megatron", "megatron-deepspeed", "nemo", "mlperf", "llm.c"), "zero1")
 
 
 def _setting(
@@ -88,7 +89,9 @@ class Setup:
     data_parallel: int | None = _setting(None, "Data-parallel ranks.", minimum=1)
     tensor_parallel: int = _setting(1, "Tensor-parallel ranks.", minimum=1)
     pipeline_parallel: int = _setting(1, "Pipeline stages.", minimum=1)
-    pipeline_schedule: str = _setting("1f1b", "The pipeline's schedule.", choices=("1f1b", "gpipe", "interleaved-1f1b"))
+    pipeline_schedule: str | None = _setting(
+        None, "The pipeline's schedule.", choices=("1f1b", "gpipe", "interleaved-1f1b")
+    )
     context_parallel: int = _setting(1, "Context-parallel ranks (the sequence is split).", minimum=1)
     expert_parallel: int = _setting(1, "Expert-parallel ranks.", minimum=1)
     gpus_per_node: int = _setting(8, "Accelerators in one machine.", minimum=1)
@@ -187,6 +190,8 @@ class Setup:
             filled["sharding"] = "none" if alone else _DEFAULT_SHARDING.get(self.framework, "fsdp")
         if self.data_parallel is None:
             filled["data_parallel"] = self.data_ranks
+        if self.pipeline_schedule is None:  # published runs interleave stages, which DeepSpeed's pipelines cannot
+            filled["pipeline_schedule"] = "1f1b" if self.framework == "megatron-deepspeed" else "interleaved-1f1b"
         return dataclasses.replace(self, **filled)
 
     @classmethod

@@ -10,16 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.arrays import Number
-from estimator.conventions import conventions
+from estimator.conventions import conventions, stream_ranks
 from estimator.memory.adapters import adapter_bytes, eight_bit_input_bytes, selective_bytes
 from estimator.memory.attention import attention_bytes, builds_mask
 from estimator.memory.feed_forward import feed_forward_bytes
-from estimator.memory.states import Widths, widths
+from estimator.memory.hybrid import branch_shares, mixer_bytes
+from estimator.memory.widths import Widths, input_width, widths
 from estimator.model.layer_facts import layer_facts
 from estimator.model.shape import ModelShape
 from estimator.setup import Setup
 
 __all__ = ["LayerActivations", "builds_mask", "layer_activations"]
+
+
+_NORM_TENSORS = 5
+"""As wide as the stream, in fp32: what the backward of transformers' RMSNorm has at once, written in single operators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,10 @@ class LayerActivations:
     """The largest momentary tensors of the feed-forward's backward beyond what the layer keeps."""
     attention_transient: Number
     """The same of attention's backward."""
+    norm_transient: Number
+    """The same of the backward of the norm between the two."""
+    shared: Number
+    """Of ``kept``, the residual stream that enters the layer, where the first norm keeps that itself."""
     transient_scores: Number
     """The same of attention's S x S matrices, per token and per token of context."""
 
@@ -56,31 +65,36 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     s, c = size.stream, size.compute
     q, kv, v = (width / tensor for width in (shape.query_width, shape.kv_width, shape.value_width))
     trains = setup.method in ("full", "freeze")
-    norms = _norms(shape, setup, size, moe=moe) / tensor  # split by sequence in Megatron's and DTensor's plans
+    shared = stream_ranks(setup)
+    layers, attending = branch_shares(shape)
+    norms = layers * _norms(shape, setup, size, moe=moe) / shared
     if trains and conventions(setup).parallel_loss:
         # DTensor keeps whole what the projections read; Megatron gathers it again.
         norms = norms + c * h * min(shape.norms_per_layer, 2) * (1 - 1 / tensor)
     attention = attention_bytes(shape, setup, size, masked=masked)
     selective, fixed = selective_bytes(shape, setup, size, moe=moe)
     mlp, mlp_transient = feed_forward_bytes(shape, setup, size, moe=moe)
-    kept = norms + attention.kept + mlp
+    kept = norms + attending * attention.kept + mixer_bytes(shape, setup, size) + mlp
     if not trains:
         kept += adapter_bytes(shape, setup, size, moe=moe)
     # Backward is through with the feed-forward and its norm when it comes to attention.
-    attention_transient = c * (q + 2 * kv + v) + s * h / tensor - norms / 2
+    attention_transient = c * (q + 2 * kv + v) + s * h / shared - norms / 2
+    writes_norms = shape.rms_norm and not conventions(setup).fused_layers and not setup.compile
     eight_bit = eight_bit_input_bytes(shape, setup, size)
     kept += eight_bit
     return LayerActivations(
         kept=kept,
-        scores=attention.scores,
-        selective=selective / tensor + s * h / tensor,
+        scores=attending * attention.scores,
+        selective=selective / tensor + layers * s * h / shared,
         selective_fixed=fixed / tensor,
-        layer_input=s * h / tensor,
+        layer_input=layers * s * h / shared,
         selective_scores=attention.first_product,
         quantized_inputs=eight_bit + (c * v if eight_bit else 0.0),  # attention's output, which it keeps anyway
         mlp=mlp,
-        transient=mlp_transient + s * h / tensor,  # the stream's own gradient
+        transient=mlp_transient + s * h / shared,  # the stream's own gradient
         attention_transient=attention_transient,
+        norm_transient=(_NORM_TENSORS * 4 + s) * h / tensor if writes_norms and s != 4 else 0.0,
+        shared=s * h / tensor if s == 4 or not writes_norms else 0.0,
         transient_scores=attention.transient_scores,
     )
 
@@ -99,11 +113,15 @@ def _norms(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> Numbe
     else:  # an fp32 stream is its own fp32 input; of a half stream RMSNorm keeps a copy
         normalised = 4.0 if facts.norm == "rms-fp32" else s
         kept = count * (4.0 + (normalised if trains else 0.0))
-    if setup.compile and not trains:  # norms are recomputed from the stream, which is kept at each sum
+    if (
+        setup.compile and shape.rms_norm
+    ):  # recomputed from the stream, which is kept at each sum; products keep what they read
+        return shape.hidden * (s * count + (c * min(count, 2) if trains else 0.0))
+    if setup.compile and not trains:
         return shape.hidden * s * count
     if trains and size.casts_weights and not setup.compile:
         feed_forward = 1 + (2 if shape.shared_experts else 0) if moe else shape.matrices - 1
         kept += c * ((1 if facts.fused_qkv else 3) + feed_forward)
-    elif trains:
-        kept += c * min(count, 2)
+    elif trains:  # a router reads what routed copies are made of
+        kept += sum(c if moe and norm else input_width(setup, size) for norm in range(min(count, 2)))
     return shape.hidden * kept

@@ -5,8 +5,8 @@ bitsandbytes and torchtitan. Notation as in activations.py.
 from __future__ import annotations
 
 from estimator.arrays import Number
-from estimator.conventions import conventions
-from estimator.memory.states import Widths
+from estimator.conventions import conventions, stream_ranks
+from estimator.memory.states import Widths, keeps_master_weights
 from estimator.model.layer_facts import layer_facts
 from estimator.model.lora_targets import adapted_matrices
 from estimator.model.shape import ModelShape
@@ -14,6 +14,10 @@ from estimator.setup import Setup
 
 BITSANDBYTES = ("nf4", "nf4-dq", "int8")
 """Quantizations whose products are bitsandbytes' own."""
+
+
+_ROWS = ("o_proj", "out_proj", "down_proj", "fc2")
+"""Matrices that are split by rows: what they read is split."""
 
 
 def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> Number:
@@ -30,7 +34,7 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -
     quantized = 0.0
     if convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
         # Attention's output is kept anyway; both projections into the feed-forward read one tensor.
-        quantized = size.compute * shape.hidden * shape.norms_per_layer
+        quantized = size.compute * shape.hidden * min(shape.norms_per_layer, 2)
     if convention.dropped_inputs:
         fused = ("q_proj", "k_proj", "v_proj")
         read = {("qkv" if name in fused else name): width for name, width, _ in modules}
@@ -41,16 +45,19 @@ def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -
     copied = size.autocast or size.weight != size.trained
     if setup.base_quantization in BITSANDBYTES and size.autocast and not size.casts_weights:
         copied = False  # peft's adapters beside bitsandbytes' matrices leave casting to autocast
+    # Where the stream is whole, so is what columns read, and a product of low rank.
+    whole = setup.tensor_parallel / stream_ranks(setup)
+    reads = [(name, width * (1 if name in _ROWS else whole)) for name, width, _ in modules]
     inputs = {"gate_proj": "mlp", "up_proj": "mlp"} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"
     )
-    kept = {inputs.get(name, name): width for name, width, _ in modules if name != "o_proj"}
-    copies = [width for name, width, _ in modules if not (name == "o_proj" and leaves_casting(setup, size))]
+    kept = {inputs.get(name, name): width for name, width in reads if name != "o_proj"}
+    copies = [width for name, width in reads if not (name == "o_proj" and leaves_casting(setup, size))]
     if setup.compile and copied:  # one cast for all that read the same tensor
         copied = False
-        kept |= {} if size.autocast else {name: width for name, width, _ in modules if name == "o_proj"}
+        kept |= {} if size.autocast else {name: width for name, width in reads if name == "o_proj"}
     total = element * (sum(copies) if copied else sum(kept.values()))
-    total += element * setup.lora_rank * len(modules)
+    total += element * setup.lora_rank * len(modules) * whole
     if setup.method == "dora":
         # What the magnitude scales: the adapter's product and the base's, which loses its bias first (in the bias's type).
         for name, _, outputs in modules:
@@ -83,6 +90,14 @@ def _prompt_adapter_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Numb
     return kept / setup.tensor_parallel
 
 
+def last_quantized_inputs(shape: ModelShape, setup: Setup) -> Number:
+    """What the last micro-batch's products with 4-bit matrices hold of a layer, a token, while the next forward pass runs: their
+    inputs, which are the norms', attention's and the feed-forward's last outputs."""
+    if not (conventions(setup).keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4")):
+        return 0.0
+    return 2.0 * (min(shape.norms_per_layer, 2) * shape.hidden + shape.value_width + shape.plain_ffn)
+
+
 def eight_bit_input_bytes(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     """bitsandbytes' int8 product keeps its input on its context: the norms' outputs and the down projection's (attention's output
     is counted with attention)."""
@@ -95,7 +110,10 @@ def dora_temporaries(shape: ModelShape, setup: Setup) -> float:
     """DoRA multiplies an identity matrix through an adapter to know the norm of the adapted matrix: bytes at its worst."""
     if setup.method != "dora":
         return 0.0
-    return max(4.0 * inputs * (inputs + 4 * outputs) for _, inputs, outputs in adapted_matrices(shape, setup))
+    # Half where the engine or FSDP's mixed precision has the adapters so.
+    mixed = setup.sharding == "fsdp" and setup.precision.endswith("-mixed") and not setup.base_quantization
+    width = 2.0 if keeps_master_weights(setup) or mixed else 4.0
+    return max(width * inputs * (inputs + 4 * outputs) for _, inputs, outputs in adapted_matrices(shape, setup))
 
 
 def selective_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from estimator.arrays import Number, maximum
 from estimator.conventions import conventions
 from estimator.hardware import is_cpu
-from estimator.memory.states import Widths, copies_inputs, widths
+from estimator.memory.widths import Widths, copies_inputs, input_width, widths
 from estimator.model.layer_facts import layer_facts
 from estimator.model.lora_targets import adapted_matrices
 from estimator.model.shape import ModelShape
@@ -48,7 +48,8 @@ def uses_math_kernel(shape: ModelShape, setup: Setup, *, masked: bool) -> bool:
 
 def attention_bytes(shape: ModelShape, setup: Setup, size: Widths, *, masked: bool) -> AttentionBytes:
     """``masked``: SDPA is given a mask."""
-    if setup.attention == "eager":
+    capped = layer_facts(shape.family).score_cap and conventions(setup).writes_out_caps
+    if setup.attention == "eager" or capped:
         return _eager(shape, setup, size)
     if uses_math_kernel(shape, setup, masked=masked):
         return _math(shape, setup, size)
@@ -61,6 +62,9 @@ def attention_bytes(shape: ModelShape, setup: Setup, size: Widths, *, masked: bo
         return AttentionBytes(kept=kept + c * 2 * (q - kv), scores=c, transient_scores=0.0, first_product=0.0)
     if _puts_together(shape, setup) and _reads_attention(shape, setup) and not copies_inputs(setup, size):
         kept += c * v  # the kernel's output lies as its queries do, head by head: the o projection keeps a copy
+    low = input_width(setup, size)
+    if setup.method == "full" and low != c:  # the o projection's own, beside the output
+        kept += low * v
     return AttentionBytes(kept=kept, scores=0.0, transient_scores=0.0, first_product=0.0)
 
 
@@ -105,7 +109,7 @@ def _eager(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
     V. In backward the softmax's two gradients have its width, when the cast is gone."""
     facts, c, heads = layer_facts(shape.family), size.compute, shape.heads / setup.tensor_parallel
     q, _, v = _shares(shape, setup)
-    softmax = {"fp32": 4.0, "stream": size.stream, "scores": c}[facts.softmax]
+    softmax = {"fp32": 4.0, "stream": size.stream}[facts.softmax]
     cast = c if softmax != c else 0.0
     scores = softmax + cast + (c if facts.score_cap else 0.0)
     if setup.compile:  # the partitioner keeps both products' scores in their own type

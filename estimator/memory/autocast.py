@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from estimator.arrays import Number
+from estimator.memory.flat_parameters import ADAPTERS
 from estimator.memory.ledger import Ledger
+from estimator.model.layer_facts import layer_facts
 
 LOSS_CHUNKS = 8
 """torchtune's, as in ``estimator.memory.losses``."""
@@ -27,13 +29,28 @@ def autocast_copies(ledger: Ledger, phase: str) -> Number:
         layers = 0.0
     if setup.method == "freeze":  # no graph before the first trained layer
         layers = layers * ((setup.trainable_layers or 0) / ledger.shape.layers)
-    # Autocast caches the casts of trained weights only; frozen ones live where the graph keeps them.
-    cached = phase == "forward" and setup.method in ("full", "freeze") and not setup.compile
-    if cached or (
-        setup.checkpointing == "none" and setup.offload != "activations"
-    ):  # offloading takes the graph's along
-        return size.compute * (layers + head)
-    return size.compute * head
+    adapters = states.trainable if setup.method in ADAPTERS and size.trained == 4 else 0.0
+    # Autocast caches the casts of trained weights only; frozen ones live where the graph keeps them, which offloading takes along.
+    if setup.checkpointing == "none" and setup.offload != "activations":
+        return size.compute * (layers + adapters + head)
+    if phase != "forward" or setup.compile or layer_facts(ledger.shape.family).transposed:
+        return size.compute * head
+    return size.compute * (head + (layers if setup.method in ("full", "freeze") else adapters))
+
+
+def evaluation_copies(ledger: Ledger) -> Number:
+    """Of an evaluation, which has no graph: those of trained weights, in autocast's cache."""
+    size, setup, states = ledger.size, ledger.setup, ledger.states
+    if not size.casts_weights:
+        return autocast_copies(ledger, "backward")
+    if setup.compile or layer_facts(ledger.shape.family).transposed:
+        return 0.0
+    if setup.method in ADAPTERS:
+        return size.compute * states.trainable if size.trained == 4 else 0.0
+    layers = (states.linear - states.experts) / ledger.place.parameters
+    if setup.method == "freeze":
+        return size.compute * layers * (setup.trainable_layers or 0) / ledger.shape.layers
+    return size.compute * (layers + states.embedding)
 
 
 def _head_casts(ledger: Ledger, phase: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from estimator.memory.galore import state_bytes
 from estimator.memory.states import EIGHT_BIT_WIDTH, optimizer_bytes_per_parameter, trainable_parameters, widths
+from estimator.model.mixer import mixer_tensors
 from estimator.model.shape import ModelShape, count_parameters, lora_modules
 from estimator.result import CheckpointEstimate
 from estimator.setup import Setup
@@ -38,7 +39,7 @@ class TensorGroup:
 def weight_tensors(shape: ModelShape) -> tuple[TensorGroup, ...]:
     """The model's parameter tensors as transformers lays them out, experts stacked. Latent attention and shared experts
     are grouped by size only."""
-    h, layers = shape.hidden, shape.layers
+    h, layers = shape.hidden, shape.attention_layers
     fused = shape.family in ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "bloom", "gpt", "mpt")
     q, kv = shape.query_width, shape.kv_width
     found = [(shape.vocab, h, 1), (shape.positions, h, 1)]
@@ -58,7 +59,8 @@ def weight_tensors(shape: ModelShape) -> tuple[TensorGroup, ...]:
         found += [(rank + rope, h, layers), (rank, 1, layers), (shape.heads * (nope + shape.v_head_dim), rank, layers)]
         found.append((h, shape.heads * shape.v_head_dim, layers))
     else:
-        found += [(q + 2 * kv, h, layers)] if fused else [(q, h, layers), (kv, h, 2 * layers)]
+        made = 2 * q if shape.attention_gate else q
+        found += [(q + 2 * kv, h, layers)] if fused else [(made, h, layers), (kv, h, 2 * layers)]
         found.append((h, q, layers))
         if shape.attention_bias:
             found += [(q + 2 * kv, 1, layers)] if fused else [(q, 1, layers), (kv, 1, 2 * layers)]
@@ -74,11 +76,16 @@ def weight_tensors(shape: ModelShape) -> tuple[TensorGroup, ...]:
             found += [(width, 1, (shape.matrices - 1) * count), (h, 1, count)]
     if shape.experts:
         up = (shape.matrices - 1) * shape.ffn
-        found += [(up, h * shape.experts, shape.moe_layers), (shape.ffn, h * shape.experts, shape.moe_layers)]
+        read = shape.routed_hidden * shape.experts
+        found += [(up, read, shape.moe_layers), (shape.ffn, read, shape.moe_layers)]
+        found.append((shape.expert_hidden, h, 2 * shape.moe_layers))
+        found.append((h, 1, shape.moe_layers if shape.shared_gate else 0))
         found.append((shape.experts, h, shape.moe_layers))
         if shape.mlp_bias:
             found += [((up + h) * shape.experts, 1, shape.moe_layers), (shape.experts, 1, shape.moe_layers)]
-    norms = layers * shape.norms_per_layer + shape.extra_norms
+    if shape.mixer:
+        found += [(rows, columns, shape.mixer.layers) for rows, columns in mixer_tensors(shape.mixer, h)]
+    norms = shape.layers * shape.norms_per_layer + shape.extra_norms
     found.append((h, 1, norms * (2 if shape.norm_bias else 1)))
     if shape.head_bias:
         found.append((shape.vocab, 1, 1))

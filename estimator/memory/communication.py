@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, maximum, minimum, where
+from estimator.arrays import Number, either, maximum, minimum, where
 from estimator.conventions import conventions, shards_flat
-from estimator.memory.flat_parameters import FlatUnits
-from estimator.memory.states import QUANTIZED_BYTES, Placement, States, Widths, accumulates_in_fp32
+from estimator.memory.flat_parameters import ADAPTERS, FlatUnits
+from estimator.memory.states import QUANTIZED_BYTES, STATISTICS_BYTES, Placement, States, Widths, accumulates_in_fp32
 from estimator.memory.zero import Engine
 from estimator.model.shape import ModelShape
 from estimator.setup import Setup
@@ -41,28 +41,56 @@ class Buffers:
         return FlatUnits(
             shape=self.shape,
             setup=self.setup,
-            width=self.size.compute,
-            layer_width=self._layer_width,
+            width=self._width,
+            layer=self._layer_bytes,
             states=self.states,
             layers=self.layers,
         )
 
     @property
-    def _layer_width(self) -> float:
-        """Bytes of a layer's parameter as it is gathered: quantized ones stay packed."""
-        return QUANTIZED_BYTES.get(self.setup.base_quantization or "", self.size.compute)
+    def _width(self) -> float:
+        """Bytes of an element as it is gathered: beside a quantized base nothing is cast."""
+        return self.size.weight if self.setup.base_quantization else self.size.compute
+
+    @property
+    def _adapters(self) -> Number:
+        """Bytes of a layer's adapters as they are gathered."""
+        if self.setup.method not in ADAPTERS:
+            return 0.0
+        mixed = self.setup.precision.endswith("-mixed") and not self.setup.base_quantization
+        return (self.size.compute if mixed else self.size.trained) * self.states.trainable / self.layers
+
+    @property
+    def _layer_bytes(self) -> Number:
+        """Of a layer as it is gathered: quantized matrices stay packed, and their statistics are no parameters."""
+        kind = self.setup.base_quantization
+        if kind is None:
+            return self.size.compute * self._layer + self._adapters
+        packed = self.states.quantized / self.layers
+        width = QUANTIZED_BYTES[kind] - STATISTICS_BYTES[kind]
+        return width * packed + self._width * maximum(self._layer - packed, 0.0) + self._adapters
+
+    @property
+    def _tables(self) -> Number:
+        """Bytes of embedding and head."""
+        return self._width * self.states.embedding * (1 if self.shape.tied_embeddings else 2)
+
+    @property
+    def _whole(self) -> Number:
+        """Bytes of all that is gathered, where nothing is freed in between."""
+        return self._layer_bytes * self.layers + self._tables
 
     def at(self, phase: str) -> Number:
-        """Buffers of gradient reduction and parameter gathering; phases as memory.py's, and ``loss`` for the start of backward."""
+        """Buffers of gradient reduction and parameter gathering; phases as in ``Engine.buffers``."""
         kind, ranks = self.setup.sharding, self.setup.data_ranks
-        if kind == "ddp" and accumulates_in_fp32(self.setup):
+        if kind in ("ddp", "zero1") and accumulates_in_fp32(self.setup):
             return 0.0  # Megatron reduces in the gradients' own buffer
         if kind == "ddp":  # torch's reducer: buckets beside the gradients
             return where(ranks > 1, self.states.trainable * self.size.trained, 0.0)
         if str(kind).startswith("zero"):
             return self.engine.buffers(phase)
         if kind == "fsdp" and phase != "optimizer":
-            return where(self.place.gathers, self._gathered(phase), 0.0)
+            return where(self.place.gathers, self._gathered("backward" if phase == "table" else phase), 0.0)
         return 0.0
 
     @property
@@ -81,25 +109,23 @@ class Buffers:
 
         A tied table is one unit with the head: gathered first, and never again.
         """
-        width, head, layer, tied = self.size.compute, self.states.embedding, self._layer, self.shape.tied_embeddings
-        adapters = self.setup.method in ("lora", "dora", "qlora")
+        width, head, tied = self._width, self.states.embedding, self.shape.tied_embeddings
+        adapters = self.setup.method in ADAPTERS
         if self.flat is not None:
             return self.flat.gathered(phase)
-        if not self.setup.reshard_after_forward:  # and the head's all-gather put out as much
-            return width * (self.states.total + (head if phase == "forward" and not tied else 0.0))
+        if not self.setup.reshard_after_forward and phase != "backward":  # and the head's all-gather put out as much
+            return self._whole + (width * head if phase == "forward" and not tied else 0.0)
         if phase == "forward":  # the head, and what the last all-gather put out
-            return width * (head + (layer if tied else head))
+            return width * head + (self._layer_bytes if tied else width * head)
         if phase == "loss":
             return width * head
         stays = width * head if tied else 0.0
         if adapters:
-            return (
-                stays + self._layer_width * 2 * layer + self.states.gradient_width * self.states.trainable / self.layers
-            )
+            return stays + 2 * self._layer_bytes + self.states.gradient_width * self.states.trainable / self.layers
         # The layer itself, the one that is fetched ahead, the unit's gradients that are being reduced, and of its own those of
         # the down projection, which come first.
-        reduced = maximum(layer, head) if phase == "head" and not tied else layer
-        return stays + 2 * width * layer + self.reduce_width * reduced + self.first_gradient
+        reduced = maximum(self._layer, head) if phase == "head" and not tied else self._layer
+        return stays + 2 * self._layer_bytes + self.reduce_width * reduced + self.first_gradient
 
     @property
     def first_gradient(self) -> Number:
@@ -108,21 +134,28 @@ class Buffers:
             return 0.0
         return self.size.compute * self.shape.hidden * self.shape.ffn / self.setup.tensor_parallel
 
+    def before_attention(self) -> Number:
+        """Of a layer's gradients, beyond ``first_gradient``, the feed-forward's others: they are there when backward comes to
+        attention. A compiled layer's come all at once."""
+        if self.setup.sharding != "fsdp" or self.setup.method != "full" or self.flat is not None or self.setup.compile:
+            return 0.0
+        return where(self.place.gathers, (self.shape.matrices - 1) * self.first_gradient, 0.0)
+
     def gathering(self) -> Number:
         """The most that a forward pass gathers: a table in its all-gather's output and copied out of it, beside the last layer's
         output; the first two layers' where the table is tied, which is gathered first."""
         if self.setup.sharding != "fsdp" or self.flat is not None or not self.setup.reshard_after_forward:
             return 0.0
-        layers = (2 if self.shape.tied_embeddings else 1) * self._layer
-        return where(self.place.gathers, self.size.compute * (2 * self.states.embedding + layers), 0.0)
+        layers = (2 if self.shape.tied_embeddings else 1) * self._layer_bytes
+        return where(self.place.gathers, 2 * self._width * self.states.embedding + layers, 0.0)
 
     def gathering_layer(self) -> Number:
         """The same of a layer: its all-gather's output, that copied out of it, and the output before, which the next one's frees;
         and a tied table."""
         if self.setup.sharding != "fsdp" or self.flat is not None or not self.setup.reshard_after_forward:
             return 0.0
-        stays = self.size.compute * self.states.embedding if self.shape.tied_embeddings else 0.0
-        return where(self.place.gathers, 3 * self._layer_width * self._layer + stays, 0.0)
+        stays = self._width * self.states.embedding if self.shape.tied_embeddings else 0.0
+        return where(self.place.gathers, 3 * self._layer_bytes + stays, 0.0)
 
     def finished_layer(self) -> Number:
         """Gradients of a layer as its backward ends, before they are copied to be reduced; ``at("backward")`` is beside them."""
@@ -137,9 +170,11 @@ class Buffers:
             return 0.0
         head, width = self.states.embedding, self.size.compute
         reduced: Number = 0.0
+        # The head itself is freed before its reduction, but not while a chunked loss still multiplies with it.
         gathered = self._layer if self.setup.reshard_after_forward else self.states.total
         if not self.shape.tied_embeddings:
-            reduced = width * (head + gathered) + self.reduce_width * head * (1 + 1 / self.place.gradients)
+            left = self._layer if self.setup.reshard_after_forward else self.states.total - head
+            reduced = width * (head + left) + self.reduce_width * head * (1 + 1 / self.place.gradients)
         if self.setup.loss == "chunked":
             reduced = maximum(reduced, width * (3 * head + maximum(gathered, head)))
         return where(self.place.gathers, reduced, 0.0)
@@ -155,19 +190,27 @@ class Buffers:
             reduced = self.flat.splitting()
         elif self.shape.tied_embeddings:
             in_place = self.setup.loss in ("chunked", "fused-linear", "cut-cross-entropy")
-            # DTensor's gradients of head and lookup are split in different ways: each is copied before they are added.
-            copies = (3 if in_place else 4) + where(self.setup.tensor_parallel > 1, 2, 0)
+            copies = (3 if in_place else 4) + self.differently_split()
             reduced = copies * width * table + previous
         else:
             reduced = maximum(2 * width * table + previous, (width + self.reduce_width) * table)
         missing = self.states.gradient_width * table / self.place.gradients
         return where(self.place.gathers, maximum(reduced - missing, 0.0), 0.0)
 
+    def differently_split(self) -> Number:
+        """DTensor's gradients of a tied table are split in different ways: before they are added one is made whole."""
+        tensor = self.setup.tensor_parallel
+        return where(tensor > 1, tensor, 0)
+
     def across_replicas(self) -> Number:
-        """Hybrid sharding keeps, to the end of backward, what it summed over the replicas, where gradients are of another type."""
-        if self.setup.sharding != "fsdp" or self.reduce_width == self.states.gradient_width:
+        """Hybrid sharding keeps, to the end of backward, what it summed over the replicas, where that is no gradient itself: those
+        are of another type, or it is added to one."""
+        if self.setup.sharding != "fsdp":
             return 0.0
-        replicated = self.setup.data_ranks * self.setup.context_parallel > self.place.gradients
+        added = self.setup.accumulation > (self.setup.accumulation if conventions(self.setup).reduces_last else 1)
+        cast = self.reduce_width != self.states.gradient_width
+        apart = either(either(cast, added), self.setup.zero_grad == "zero")
+        replicated = where(apart, self.setup.data_ranks * self.setup.context_parallel > self.place.gradients, False)
         return where(replicated, self.reduce_width * self.states.trainable / self.place.gradients, 0.0)
 
     def unsharded_gradients(self) -> Number:
@@ -187,23 +230,21 @@ class Buffers:
 
     def output(self) -> Number:
         """What the forward pass's last all-gather put out."""
-        last = self._layer if self.shape.tied_embeddings else self.states.embedding
-        return where(self.place.gathers, self.size.compute * last, 0.0)
+        last = self._layer_bytes if self.shape.tied_embeddings else self._width * self.states.embedding
+        return where(self.place.gathers, last, 0.0)
 
     def outputs(self) -> Number:
         """The pool of the all-gathers' stream: a table and the layer beside it."""
-        return where(self.place.gathers, self.size.compute * (self.states.embedding + self._layer), 0.0)
+        return where(self.place.gathers, self._width * self.states.embedding + self._layer_bytes, 0.0)
 
     def pools(self) -> Number:
         """What communication keeps in the allocator's pools of its own streams."""
         if self.setup.sharding != "fsdp":
             return maximum(self.at("forward"), self.at("backward"))
         # All-gathers of the tables and of two layers, and the gradients of one.
-        adapters = self.setup.method in ("lora", "dora", "qlora")
-        tables = self.states.embedding * (1 if self.shape.tied_embeddings else 2)
-        layer = minimum(self.states.largest_layer, self.states.total)
-        pools = self.size.compute * ((1 if adapters else 2) * layer + tables)
+        adapters = self.setup.method in ADAPTERS
+        pools = (1 if adapters else 2) * self._layer_bytes + self._tables
         if not self.setup.reshard_after_forward:
-            pools = self.size.compute * self.states.total
-        reduced = self.states.trainable / self.layers if adapters else layer
+            pools = self._whole
+        reduced = self.states.trainable / self.layers if adapters else self._layer
         return where(self.place.gathers, pools + self.states.gradient_width * reduced, 0.0)

@@ -6,6 +6,7 @@ from estimator.arrays import Number, maximum, minimum, where, whole
 from estimator.conventions import conventions, shards_flat
 from estimator.hardware import context_bytes, find_accelerator, is_cpu
 from estimator.memory.formula import PhaseMemory, peak_and_segment_bytes
+from estimator.memory.segments import LATE_BLOCKS
 from estimator.memory.states import placement
 from estimator.model.shape import ModelShape
 from estimator.setup import Setup
@@ -14,15 +15,15 @@ from estimator.units import Interval
 # Relative half-widths of the formula's 90% intervals on published peaks (docs/accuracy.md), by framework: on one device,
 # and what several, a quantized base, lengths that vary and an inferred shape add.
 _ALLOCATED = {
-    "torch-loop": 0.02, "hf-trainer": 0.013, "hf-trainer+deepspeed": 0.003, "litgpt": 0.06, "torchtune": 0.08, "torchtitan": 0.08,
+    "torch-loop": 0.02, "hf-trainer": 0.013, "hf-trainer+deepspeed": 0.003, "litgpt": 0.048, "torchtune": 0.08, "torchtitan": 0.08,
 }  # fmt: skip
-_SEVERAL_DEVICES, _QUANTIZED = {"hf-trainer": 0.013, "hf-trainer+deepspeed": 0.15}, {"hf-trainer": 0.016}
+_SEVERAL_DEVICES = {"hf-trainer": 0.013, "hf-trainer+deepspeed": 0.15, "litgpt": 0.005}
+_QUANTIZED = {"hf-trainer": 0.016, "litgpt": 0.03}
 _OTHER_FRAMEWORK, _OTHER_SEVERAL_DEVICES, _OTHER_QUANTIZED = 0.25, 0.04, 0.09
 _VARYING, _UNEVEN, _INFERRED_SHAPE = 0.04, 0.20, 0.12
 # On a full device: what stays beyond the tensors once the allocator has given back what it can, as a share of them. Segments
-# that grow leave little; others also keep a share of what they had with all the room. FSDP1 gathers frozen units on a stream
-# whose blocks come back late (``record_stream``): 70B with adapters on two devices fits to 43 of 79 GiB, and not to 66.
-_FRAGMENTS, _FRAGMENTS_GROWN, _FRAGMENTS_KEPT, _FRAGMENTS_FLAT_ADAPTERS = 0.03, 0.01, 0.10, 0.20
+# that grow leave little; others also keep a share of what they had with all the room.
+_FRAGMENTS, _FRAGMENTS_GROWN, _FRAGMENTS_KEPT = 0.03, 0.01, 0.10
 # The spread of published reserved and device peaks around the sum of the segments, relative, and what lengths that vary,
 # and unequal loads (as above) add; upwards also what a quantized base does. torchtitan's releases differ by so much in one
 # and the same setup.
@@ -109,7 +110,7 @@ def _within_room(setup: Setup, reserved: Number, allocated: Number, room_bytes: 
     if not (setup.expandable_segments or conventions(setup).expandable_segments):
         fragments = _FRAGMENTS + _FRAGMENTS_KEPT * (reserved / allocated - 1)
         if setup.method in ("lora", "dora", "qlora") and shards_flat(setup):
-            fragments = where(placement(setup).gathers, _FRAGMENTS_FLAT_ADAPTERS, fragments)
+            fragments = where(placement(setup).gathers, LATE_BLOCKS, fragments)
     full = maximum(float(room_bytes), minimum(reserved, allocated * (1 + fragments)))
     return where(reserved <= room_bytes, reserved, full)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, minimum
+from estimator.arrays import Number
 from estimator.conventions import conventions, shards_flat
 from estimator.memory.states import States
 from estimator.model.shape import ModelShape
@@ -25,8 +25,8 @@ class FlatUnits:
     setup: Setup
     width: float
     """Bytes of a gathered element."""
-    layer_width: float
-    """The same of a layer, which may be quantized."""
+    layer: Number
+    """Bytes of a gathered layer, which may be quantized."""
     states: States
     layers: Number
 
@@ -35,23 +35,21 @@ class FlatUnits:
         """Gathered tables."""
         return self.width * self.states.embedding * (1 if self.shape.tied_embeddings else 2)
 
-    @property
-    def _layer(self) -> Number:
-        return self.layer_width * minimum(self.states.largest_layer, self.states.total)
-
     def gathered(self, phase: str) -> Number:
         """Phases as ``Buffers.at``'s: with the root stand, in backward, a layer and (but for the last one) the layer that is
-        fetched ahead, and a layer's gradients."""
+        fetched ahead, from the loss's on, and a layer's gradients. A reentrant checkpoint's output needed no gradient as the
+        layer ran: such layers are not fetched ahead."""
         if not self.setup.reshard_after_forward:
-            return self.root + self._layer * self.layers
+            return self.root + self.layer * self.layers
+        ahead = 0 if self.setup.checkpointing == "full" and self.setup.checkpoint_reentrant else 1
         if phase in ("forward", "loss"):
-            return self.root
+            return self.root + (ahead * self.layer if phase == "loss" else 0.0)
         gradients = self.width * self.with_gradients() / self.layers
         if self.setup.method in ADAPTERS and not conventions(self.setup).mixed_units:
             gradients = self.states.gradient_width * self.states.trainable / self.layers
         elif self.setup.method == "full":
-            gradients = self._layer
-        return self.root + (2 if phase == "head" else 1) * self._layer + gradients
+            gradients = self.layer
+        return self.root + (1 + ahead if phase == "head" else 1) * self.layer + gradients
 
     def with_gradients(self) -> Number:
         """Elements that have gradients."""

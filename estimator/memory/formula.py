@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.arrays import Number, maximum, whole
+from estimator.errors import InputError
 from estimator.memory.ledger import PART_NAMES, Ledger, Moment
 from estimator.memory.phases import PHASES, moments
 from estimator.memory.remembered import remembered
@@ -46,6 +47,10 @@ class PhaseMemory:
 
 @remembered
 def _walk(shape: ModelShape, setup: Setup) -> tuple[Ledger, tuple[Moment, ...]]:
+    if shape.code_only:
+        raise InputError(
+            f"model {shape.name}: no formula knows its layers, which carry a state or are of its own kind; write --dry-run, which runs its code"
+        )
     ledger = Ledger.of(shape, setup)
     return ledger, moments(ledger)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.arrays import Number, maximum, minimum, where
+from estimator.conventions import stream_ranks
 from estimator.memory.activations import builds_mask, layer_activations
 from estimator.memory.adapters import dora_temporaries
+from estimator.memory.blocks import mean_rest
 from estimator.memory.flat_parameters import keeps_layer_inputs
 from estimator.memory.states import ADAPTER_START, Placement, Widths
 from estimator.model.lora_targets import adapted_experts
@@ -42,6 +44,12 @@ class _Layer:
     inputs: Number
     """What full checkpointing keeps instead."""
     selective: Number
+    products: Number
+    """What eager attention's softmax and its backward have at once."""
+    shared: Number
+    """Of ``kept``, the residual stream itself, which the first norm reads."""
+    unreached: Number
+    """Of ``kept``, what neither checkpointing nor offloading reaches."""
     in_feed_forward: Number
     in_attention: Number
 
@@ -82,12 +90,15 @@ def held(
     recomputed: Number = 0.0
     returned: Number = 0.0
     if setup.offload == "activations":  # only what the next layers need is on the device, and what selective ones cache
-        cached = selective - inputs if setup.checkpointing == "selective" else 0.0
+        cached: Number = sum(layer.unreached * share for layer, share in kinds)
+        if setup.checkpointing == "selective":
+            cached = selective - inputs + cached
         kept, recomputed, in_flight = cached, maximum(largest, kept / layers) - cached / layers, 1
         if setup.checkpointing == "none" and shape.matrices == 3 and not shape.experts:
-            recomputed = minimum(recomputed, _brought_back(shape, setup, size, tokens))
+            back = _brought_back(shape, setup, size, tokens)
+            recomputed = minimum(recomputed, maximum(back, kinds[0][0].products - transient))
     elif setup.checkpointing == "full":
-        recomputed = largest
+        recomputed = largest - kinds[0][0].shared
         if keeps_layer_inputs(setup):
             returned = where(place.gathers, 2 * inputs, 0.0)
         kept = inputs
@@ -102,10 +113,19 @@ def held(
         returned=returned,
         first_layer=recomputed
         if setup.offload == "activations" and setup.checkpointing == "none"
-        else first.kept + (first.inputs if setup.checkpointing == "full" else 0.0),
+        else first.kept + _below(setup, first, layers),
         in_feed_forward=first.in_feed_forward,
         in_attention=first.in_attention,
     )
+
+
+def _below(setup: Setup, first: _Layer, layers: Number) -> Number:
+    """What the checkpoints of the first trained layer and of those below it keep: backward passes through frozen ones too, since
+    transformers has the embeddings require gradients."""
+    frozen = layers - (setup.trainable_layers or 0) if setup.method == "freeze" else 0
+    if setup.checkpointing == "full":
+        return (1 + frozen) * first.inputs - first.shared
+    return frozen * first.selective if setup.checkpointing == "selective" else 0.0
 
 
 def _without_gradients(shape: ModelShape, setup: Setup, kept: Number, tokens: Number) -> Number:
@@ -115,7 +135,7 @@ def _without_gradients(shape: ModelShape, setup: Setup, kept: Number, tokens: Nu
     if setup.method == "adapter":  # nothing before the first prompt needs a gradient
         return kept * (1 - ADAPTER_START / shape.layers)
     if setup.method in ("lora", "dora", "qlora") and shape.rms_norm:  # the first norm comes before the first adapter
-        return kept - tokens * 4 * shape.hidden / setup.tensor_parallel
+        return kept - tokens * 4 * shape.hidden / stream_ranks(setup)
     return kept
 
 
@@ -123,18 +143,24 @@ def _layer(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, *, moe
     layer = layer_activations(shape, setup, moe=moe)
     context = setup.seq
     kept = tokens * (layer.kept + layer.scores * context)
-    products = layer.transient_scores * context
+    products, first = layer.transient_scores * context, layer.selective_scores
+    products_wide = layer.transient_scores
     if builds_mask(setup):
         # The mask is of one sequence; more sequences in the batch go without, but never below that.
         masked = layer_activations(shape, setup, moe=moe, masked=True)
         one = tokens / setup.batch * (masked.kept + masked.scores * context)
+        unmasked, unmasked_products = kept, products
         kept = maximum(kept, one * (setup.batch if setup.attention_kernel else 1))
         kept = where(setup.batch > 1, kept, one)
         if not setup.pack:  # every sequence has a mask
             kept, products = one * setup.batch, 0.0
         elif setup.attention_kernel is None:
             products = where(setup.batch > 1, products, 0.0)
-    attention = layer.attention_transient + products - layer.mlp
+        whole = setup.context_parallel == 1  # else the mask would be of a part
+        kept, products = where(whole, kept, unmasked), where(whole, products, unmasked_products)
+        one_mask = (setup.batch == 1) & whole
+        first = where(one_mask, masked.selective_scores, first)
+    attention = maximum(layer.attention_transient + products, layer.norm_transient) - layer.mlp
     matrix: Number = 0.0
     if setup.base_quantization:  # one at a time in the compute type
         matrix = size.compute * shape.hidden * (shape.ffn if moe else shape.plain_ffn) / setup.tensor_parallel
@@ -142,12 +168,26 @@ def _layer(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, *, moe
     merged: Number = 0.0  # experts with their adapters added, the down projection's gradient beside them
     if moe and adapted_experts(shape, setup):
         merged = size.weight * shape.experts * shape.hidden * shape.ffn / setup.tensor_parallel
-    unreached = 0.0 if setup.checkpoint_reentrant else layer.quantized_inputs
-    selective = layer.selective + layer.selective_scores * context + unreached
+    unreached = 0.0 if setup.checkpoint_reentrant and setup.checkpointing == "full" else layer.quantized_inputs
+    selective = layer.selective + first * context + unreached
+    rests = _rests(shape, setup, size, tokens, layer.kept - layer.mlp, 0.0 if moe else layer.mlp)
     return _Layer(
-        kept=kept + shape.matrices * merged,
+        kept=kept + shape.matrices * merged + rests,
         inputs=tokens * (layer.layer_input + unreached),
         selective=tokens * selective + layer.selective_fixed,
+        products=tokens * (layer.scores + products_wide) * context,
+        shared=tokens * layer.shared,
+        unreached=tokens * unreached,
         in_feed_forward=maximum(tokens * layer.transient, norms) + matrix + merged,
         in_attention=maximum(tokens * attention, norms) + matrix,
     )
+
+
+def _rests(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, narrow: Number, wide: Number) -> Number:
+    """What the blocks of a layer's tensors hold beyond these. narrow, wide: bytes per token in tensors of the stream's width and
+    of the feed-forward's."""
+    rests: Number = 0.0
+    for total, width in ((narrow, shape.hidden), (wide, shape.plain_ffn)):
+        tensor = size.compute * width / setup.tensor_parallel
+        rests = rests + total / tensor * mean_rest(setup, tokens * tensor, width)
+    return rests

@@ -96,6 +96,13 @@ class Ledger:
         )  # fmt: skip
 
 
+    def beside(self, logits: Number) -> Number:
+        """What the layers hold beside ``logits``: 1F1B's last stage, which alone has these, holds one micro-batch's, where the
+        first holds as many as there are stages. Whichever stage has more."""
+        alone = 0.0 if self.setup.pipeline_schedule == "gpipe" else 1 - 1 / _in_flight(self.setup)
+        return self.held.kept - minimum(self.held.kept * alone, logits)
+
+
 def _in_flight(setup: Setup) -> Number:
     """Micro-batches whose activations a pipeline's first stage holds at once."""
     if setup.pipeline_schedule == "gpipe":

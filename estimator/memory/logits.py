@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.arrays import Number, where
-from estimator.conventions import conventions
+from estimator.conventions import conventions, stream_ranks
 from estimator.memory.states import Widths, widths
 from estimator.model.layer_facts import layer_facts
 from estimator.model.shape import ModelShape
@@ -41,7 +41,7 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
     output (torch-loop) but not in Trainer, which drops it with ``compute_loss``.
     """
     size = widths(setup)
-    vocab = shape.vocab / setup.tensor_parallel
+    vocab = shape.vocab / stream_ranks(setup)
     c = size.compute
     convention = conventions(setup)
     copy = 4.0 if c != 4 and convention.upcasts_logits else 0.0
@@ -87,18 +87,22 @@ def _loss_chain(setup: Setup, *, c: float, copy: float, held: Number) -> tuple[N
     """Bytes a logit (at the end of the loss, in its backward): ``c`` of the logits, ``copy`` of their fp32 copy, ``held``
     by the caller."""
     convention = conventions(setup)
+    if convention.loss_in_place:
+        return c, c
     copies = setup.logit_copies != "none"
     shifted = where(setup.batch > 1, 4.0, 0.0) if copies else 0.0  # a single sequence without its end needs no copy
     half = c if setup.logit_copies == "shifted-and-half" else 0.0
     if compiles_loss(setup):  # as below, and autograd has zeros for the gradient of the logits, which the model returns
         return c, 3 * c
+    if setup.loss == "standard" and convention.softmax_in_place:
+        return c + copy, copy + c
     if setup.loss == "standard":
         return (half + copy + shifted if copies else c + copy) + 4, held + 12.0
     if setup.loss == "chunked":
-        if convention.separate_losses:  # as many log-softmaxes, then gradients, as logits
-            return 2 * c, 2 * c
-        if setup.compile:  # one kernel a chunk
-            return c, 2 * c
+        if convention.separate_losses:  # as many fp32 log-softmaxes, then gradients, as logits
+            return 8.0, 8.0
+        if setup.compile:  # one kernel a chunk, whose logits go when their gradient is there
+            return c, c + (c / 8 if convention.frees_chunks else c)
         # torchtune: eight chunks, upcast and normalised one by one; the logits are dropped before backward.
         return c + 4 + copy / 8, 4 + (4 + copy) / 8
     if setup.loss == "fused-kernel":  # in place on the fp32 copy, whose gradient is cast back
@@ -122,4 +126,4 @@ def head_input_bytes(shape: ModelShape, setup: Setup) -> Number:
     trains = setup.method == "full"
     norm = (4.0 + (size.stream if trains else 0.0)) if shape.rms_norm else size.stream
     kept = size.compute if trains else 0.0
-    return shape.hidden * (norm + kept) / setup.tensor_parallel
+    return shape.hidden * (norm + kept) / stream_ranks(setup)

@@ -7,15 +7,16 @@ the ends is the peak.
 from __future__ import annotations
 
 from estimator.arrays import Number, either, maximum, minimum, where
-from estimator.conventions import conventions, shards_flat
+from estimator.conventions import conventions, shards_flat, stream_ranks
 from estimator.hardware import is_cpu
 from estimator.memory import sharded_phases
 from estimator.memory.activations import layer_activations
-from estimator.memory.autocast import LOSS_CHUNKS, autocast_copies
+from estimator.memory.adapters import last_quantized_inputs
+from estimator.memory.autocast import LOSS_CHUNKS, autocast_copies, evaluation_copies
 from estimator.memory.galore import step_bytes
 from estimator.memory.ledger import Ledger, Moment
 from estimator.memory.logits import compiles_loss
-from estimator.memory.states import keeps_master_weights
+from estimator.memory.states import keeps_master_weights, quantizes_head
 
 PHASES = ("forward", "backward", "optimizer", "evaluation")
 _OWN_PRODUCTS = ("fused-linear", "cut-cross-entropy")
@@ -27,7 +28,7 @@ def moments(ledger: Ledger) -> tuple[Moment, ...]:
     found = [forward(ledger), backward_start(ledger), backward_end(ledger), optimizer_step(ledger)]
     if ledger.setup.loss == "chunked" and ledger.setup.method == "full" and ledger.setup.sharding == "none":
         found.append(adding_chunks(ledger))
-    if ledger.setup.sharding == "fsdp":
+    if ledger.setup.sharding in ("fsdp", "zero3"):
         found += sharded_phases.moments(ledger)
     if ledger.setup.eval_batch is not None:
         found.append(evaluation(ledger))
@@ -40,29 +41,56 @@ def forward(ledger: Ledger) -> Moment:
     loss, copies = tokens * logits.forward, autocast_copies(ledger, "forward")
     outputs, kept_copies = loss + tokens * logits.returned, autocast_copies(ledger, "backward")
     returned = outputs + kept_copies > loss + copies
+    earlier: Number = 0.0
+    if ledger.setup.varying_lengths:  # a batch as long comes before, unless the longest is said to be the first
+        earlier = tokens * ledger.layers * last_quantized_inputs(ledger.shape, ledger.setup)
+    whole: Number = 0.0
+    if quantizes_head(ledger.setup):
+        whole = maximum(_whole_head(ledger) - _before_loss(ledger, loss), 0.0)
+    chain = where(returned, outputs, loss) + logits.head_gradients
     return ledger.moment(
         "forward",
         gradients=ledger.held_gradients,
-        activations=ledger.held.kept + ledger.head_inputs,
-        logits=where(returned, outputs, loss) + logits.head_gradients,
-        temporaries=where(returned, kept_copies, copies),
+        activations=ledger.beside(chain) + ledger.head_inputs + earlier,
+        logits=chain,
+        temporaries=where(returned, kept_copies, copies) + whole,
     )
+
+
+def _before_loss(ledger: Ledger, loss: Number) -> Number:
+    """What a chunked ``loss`` has beyond the half logits that the last product with the head leaves, and an earlier micro-batch's,
+    which the caller still holds."""
+    half = ledger.tokens * ledger.size.compute * ledger.shape.vocab
+    return loss - half - (loss / 2 if ledger.setup.varying_lengths else 0.0)
+
+
+def _whole_head(ledger: Ledger) -> Number:
+    """A quantized head while a product reads it."""
+    return (2 + ledger.size.compute) * ledger.states.embedding if quantizes_head(ledger.setup) else 0.0
 
 
 def backward_start(ledger: Ledger) -> Moment:
     """The softmax's backward, or that of the last layer (recomputed) with what the caller still holds of the logits."""
     held, logits, tokens = ledger.held, ledger.logits, ledger.tokens
     chain, outputs = tokens * logits.backward, tokens * logits.held
-    later, first = held.recomputed + held.transient, _head_gradient(ledger)
+    later = held.recomputed + maximum(held.transient, held.in_attention + ledger.buffers.before_attention())
+    first = _head_gradient(ledger)
     # What communication holds decides with them which is higher.
     during, before = ledger.buffers.at("head"), ledger.buffers.at("loss")
-    layers_win = later + outputs + first + during > chain + ledger.head_inputs + before
+    whole = _whole_head(ledger)
+    layers_win = later + outputs + first + during > chain + ledger.head_inputs + before + whole
+    in_place = logits.head_gradients  # added to an earlier one, unless it waits for a tied table's other
+    if not ledger.shape.tied_embeddings:
+        in_place = where(ledger.held_gradients > 0, 0.0, in_place)
+    left = where(layers_win, outputs + in_place, chain + logits.head_gradients)
     return ledger.moment(
         "backward",
         gradients=ledger.held_gradients,
-        activations=held.kept + where(layers_win, later, ledger.head_inputs),
-        logits=where(layers_win, outputs, chain) + logits.head_gradients,
-        temporaries=where(layers_win, autocast_copies(ledger, "layers") + first, autocast_copies(ledger, "backward")),
+        activations=ledger.beside(left) + where(layers_win, later, ledger.head_inputs),
+        logits=left,
+        temporaries=where(
+            layers_win, autocast_copies(ledger, "layers") + first, autocast_copies(ledger, "backward") + whole
+        ),
         communication=where(layers_win, during, before),
     )
 
@@ -76,7 +104,7 @@ def adding_chunks(ledger: Ledger) -> Moment:
         "backward",
         gradients=ledger.held_gradients,
         activations=ledger.held.kept + ledger.head_inputs,
-        logits=left / ledger.setup.tensor_parallel,
+        logits=left / stream_ranks(ledger.setup),
         temporaries=3 * ledger.size.compute * ledger.states.embedding + autocast_copies(ledger, "backward"),
     )
 
@@ -100,10 +128,10 @@ def backward_end(ledger: Ledger) -> Moment:
     layer, unmade = _first_layer(ledger)
     layer = layer + held.returned
     across = buffers.across_replicas()
-    during, table = buffers.at("backward") + across, _table_gradients(ledger)
+    during, table, waiting = buffers.at("backward") + across, _table_gradients(ledger), _waiting(ledger)
     reducing = buffers.reducing_table()
-    at_table = where(reducing > 0, reducing + across, during)
-    table_wins = table + at_table > layer + during - unmade
+    at_table = where(reducing > 0, reducing + across, buffers.at("table") + across)
+    table_wins = table + at_table > layer + waiting + during - unmade
     arriving = buffers.engine.arriving() if keeps_master_weights(setup) else 0.0
     if setup.sharding == "zero1":  # it is filled when neither layer nor table is there any more
         arriving = maximum(arriving - where(table_wins, table, layer), 0.0)
@@ -114,9 +142,18 @@ def backward_end(ledger: Ledger) -> Moment:
         gradients=ledger.states.gradients + arriving - where(table_wins, 0.0, unmade),
         activations=where(table_wins, 0.0, layer),
         logits=ledger.tokens * ledger.logits.held,
-        temporaries=where(table_wins, table, 0.0),
+        temporaries=where(table_wins, table, waiting),
         communication=where(table_wins, at_table, during),
     )
+
+
+def _waiting(ledger: Ledger) -> Number:
+    """A tied table's first gradient, which waits for the lookup's, where gradients are not whole on every rank."""
+    setup = ledger.setup
+    if setup.method != "full" or not ledger.shape.tied_embeddings or setup.sharding not in ("zero2", "zero3", "fsdp"):
+        return 0.0
+    waiting = ledger.size.stream * ledger.states.embedding
+    return where(ledger.place.gradients > 1, waiting, 0.0)
 
 
 def _first_layer(ledger: Ledger) -> tuple[Number, Number]:
@@ -124,7 +161,7 @@ def _first_layer(ledger: Ledger) -> tuple[Number, Number]:
     held, shape, states = ledger.held, ledger.shape, ledger.states
     in_feed_forward, in_attention = held.first_layer + held.in_feed_forward, held.first_layer + held.in_attention
     if ledger.setup.sharding != "none" or ledger.setup.method not in ("full", "freeze"):
-        return maximum(in_feed_forward, in_attention), 0.0
+        return maximum(in_feed_forward, in_attention + ledger.buffers.before_attention()), 0.0
     tables = states.embedding if ledger.setup.method == "full" and not shape.tied_embeddings else 0.0
     matrix = shape.hidden * shape.plain_ffn / ledger.setup.tensor_parallel
     width = states.gradient_width
@@ -145,8 +182,9 @@ def _table_gradients(ledger: Ledger) -> Number:
     if setup.method != "full" or not ledger.shape.tied_embeddings:
         return 0.0
     in_place = ledger.size.casts_weights or setup.loss in (*_OWN_PRODUCTS, "chunked")
-    copies = (1 if in_place else 2) + where(ledger.held_gradients > 0, 1, 0)
-    copies = copies + where(setup.tensor_parallel > 1, 2, 0)  # as in ``Buffers.reducing_table``
+    # Stages 2 and 3 have the sum beside the partition that their gradients are.
+    apart = either(ledger.held_gradients > 0, str(setup.sharding) in ("zero2", "zero3"))
+    copies = (1 if in_place else 2) + where(apart, 1, 0) + ledger.buffers.differently_split()
     table = states.embedding * states.gradient_width * copies
     return where(ledger.place.gathers, 0.0, table) if setup.sharding == "fsdp" else table
 
@@ -198,7 +236,7 @@ def evaluation(ledger: Ledger) -> Moment:
     return ledger.moment(
         "evaluation",
         gradients=ledger.states.gradients if setup.zero_grad == "zero" else 0.0,
-        activations=tokens * 2 * layer.layer_input,
+        activations=tokens * layer.layer_input,  # what the last norm hands the head
         logits=tokens * ledger.logits.evaluation,
-        temporaries=autocast_copies(ledger, "backward"),
+        temporaries=evaluation_copies(ledger),
     )

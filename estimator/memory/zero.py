@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, either, maximum, minimum, where
+from estimator.arrays import Number, ceil, either, maximum, minimum, where
 from estimator.memory.states import Placement, States
 from estimator.model.shape import ModelShape, count_parameters
 from estimator.setup import Setup
 
-# Elements: reduce_bucket_size; sub_group_size; stage3_max_live_parameters, and what flat buffers hold beside them.
-_BUCKET, _SUB_GROUP, _MAX_LIVE, _FETCHED_AHEAD = 5e8, 1e9, 1e9, 2.5e8
+# Elements: reduce_bucket_size; sub_group_size; stage3_max_live_parameters and stage3_max_reuse_distance.
+_BUCKET, _SUB_GROUP, _MAX_LIVE = 5e8, 1e9, 1e9
 _HALF, _FULL, _DOUBLE = 2, 4, 8
 # What expandable segments grow to over the tensors in them, and in stage 3 beside its streams (published reserved peaks).
 _GROWN, _GROWN_STREAMS = 1.05, 1.2
@@ -34,17 +34,18 @@ class Engine:
         return self.states.trainable / self.place.optimizer
 
     def buffers(self, phase: str) -> Number:
-        """Communication buffers in ``forward``, at the ``loss``, in ``backward`` (``head``: at its start) and in ``optimizer``.
+        """Communication buffers in ``forward``, at the ``loss``, in ``backward`` (``head``: at its start, ``table``: when all
+        gradients are added) and in ``optimizer``.
 
         Stage 3 has its bucket from the start and copies what is in it when it is full; the others make theirs in backward.
         Offloading, they also keep the largest gradient, where one at a time is added up on its way to the host.
         """
         bucket = _HALF * _BUCKET
         if self.setup.sharding == "zero3":
-            copied = where(self.states.trainable > _BUCKET, bucket, 0.0) if phase in ("head", "backward") else 0.0
+            copied = where(self.states.trainable > _BUCKET, bucket, 0.0) if phase == "backward" else 0.0
             return bucket + copied + self._gathered(phase)
         staged = _HALF * self.largest() if self.setup.offload else 0.0
-        return staged + (bucket if phase in ("loss", "head", "backward") else 0.0)
+        return staged + (bucket if phase in ("loss", "head", "backward", "table") else 0.0)
 
     def largest(self) -> Number:
         """Elements of the largest trained tensor."""
@@ -53,14 +54,42 @@ class Engine:
         matrix = self.shape.plain_ffn * self.shape.hidden
         return maximum(self.states.embedding if self.setup.method == "full" else 0.0, matrix)
 
+    @property
+    def _matrix(self) -> Number:
+        """Elements of a layer's largest tensor: in such steps parameters are gathered, and gradients put into the bucket."""
+        shape = self.shape
+        if shape.moe_layers:  # the experts' first products are one
+            return shape.experts * (shape.matrices - 1) * shape.ffn * shape.hidden
+        return shape.plain_ffn * shape.hidden
+
+    @property
+    def _layered(self) -> Number:
+        """Elements of all layers, and of a head that is its own."""
+        return maximum(self.states.total - self.states.embedding, 0.0)
+
     def _gathered(self, phase: str) -> Number:
-        """Several ranks gather module by module, and fetch ahead until so much is there; flat buffers add to it, of which
-        not all has been waited for. Of a smaller model there is what comes again within that distance."""
+        """Several ranks gather module by module and keep what comes again within a distance, here of 1e9 elements: as backward
+        begins the last layers, as it ends the first and the table."""
         if phase == "optimizer":
             return 0.0
-        most = _MAX_LIVE + _FETCHED_AHEAD
-        live = where(self.states.total > most, most, minimum(self.states.total, _MAX_LIVE))
-        return where(self.place.gathers, _HALF * live, 0.0)
+        live: Number = _MAX_LIVE + self._matrix / 2
+        if phase in ("backward", "table"):
+            live = self._live(self.states.largest_layer if phase == "backward" else 0.0)
+        return where(self.place.gathers, _HALF * minimum(live, self.states.total), 0.0)
+
+    def _live(self, left: Number) -> Number:
+        """Gathered elements when backward has ``left`` of the layers to go: when it comes near the table, this is fetched too."""
+        return where(left > _MAX_LIVE, _MAX_LIVE + self._matrix / 2, left + self.states.embedding)
+
+    def full_bucket(self, *, first: bool) -> tuple[Number, Number]:
+        """Stage 3 copies a full bucket: (the share of the layers that backward has left then, all buffers), at the ``first`` of
+        these moments or at that with the most gathered."""
+        filled = _BUCKET - self._matrix / 2
+        times = 1 if first else maximum(ceil((self._layered - _MAX_LIVE) / filled), 1)
+        left = maximum(self._layered - times * filled, 0.0)
+        live = minimum(self._live(left), self.states.total)
+        buffers = _HALF * (_BUCKET + filled) + where(self.place.gathers, _HALF * live, 0.0)
+        return left / maximum(self._layered, 1.0), buffers
 
     def held_gradients(self) -> Number:
         """While a forward pass runs: stage 3's buffer is never freed, the others' hold earlier micro-batches'."""

@@ -79,3 +79,43 @@ def test_segments_that_grow_leave_less_unused() -> None:
 )
 def test_what_tables_leave_out(row: dict[str, Any], name: str, value: Any) -> None:
     assert getattr(from_row({"run": "r", "model": "mixtral-8x7b"} | row).setup, name) == value
+
+
+MEGATRON = {"framework": "megatron", "precision": "mxfp8-mixed", "expert_parallel": 1, "accumulation": 16}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary-archive.md: all ended
+        {"model": "llama-3-70b", "accelerator": "GB300", "accelerators": 64, "pipeline_parallel": 4, "seq": 8192},
+        {"model": "llama-3.1-405b", "accelerator": "GB300", "accelerators": 256, "tensor_parallel": 2}
+        | {"pipeline_parallel": 8, "context_parallel": 2, "seq": 8192},
+        {"model": "qwen3-30b-a3b", "accelerator": "GB300", "accelerators": 8, "expert_parallel": 8, "batch": 8, "seq": 4096},
+    ],
+)  # fmt: skip
+def test_megatrons_published_layouts_fit(settings: dict[str, Any]) -> None:
+    by_default, ddp = (
+        estimate(from_row({"run": "r"} | MEGATRON | settings | sharding).setup)
+        for sharding in ({}, {"sharding": "ddp"})
+    )
+    assert by_default.fits.fits and ddp.fits.fits
+    # Its distributed optimizer, whatever the table calls it.
+    allocated = ddp.memory.peak_allocated_bytes.value
+    assert by_default.memory.peak_allocated_bytes.value == pytest.approx(allocated, rel=1e-4)
+
+
+@pytest.mark.parametrize("stages", [2, 16])
+@pytest.mark.parametrize("loss", ["standard", "fused-linear"])
+def test_logits_and_a_pipelines_micro_batches_are_on_different_stages(stages: int, loss: str) -> None:
+    """1F1B's first stage holds as many micro-batches as there are stages, so of all layers as much as one device would; the
+    last one holds a single one beside the logits."""
+    row = {"run": "r", "model": "llama-3-8b", "accelerator": "B200", "seq": 8192, "batch": 4, "loss": loss}
+
+    def held(count: int) -> tuple[float, float]:
+        setup = from_row(MEGATRON | row | {"accelerators": 16 * count, "pipeline_parallel": count}).setup
+        parts = {part.name: part.amount for part in estimate(setup).memory.parts}
+        return parts["activations"], parts.get("logits", 0)
+
+    activations, logits = held(1)
+    assert sum(held(stages)) == pytest.approx(max(activations, activations / stages + logits), rel=0.03)

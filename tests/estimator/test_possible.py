@@ -20,6 +20,8 @@ IMPOSSIBLE = {
     "experts of a dense model": ({"expert_parallel": 8, "accelerators": 8}, "expert_parallel: llama-3.1-8b has no experts"),
     "experts not divided": ({"model": "mixtral-8x7b", "expert_parallel": 3, "accelerators": 6}, "3 ranks do not divide the 8"),
     "more ranks than tokens": ({"context_parallel": 8, "accelerators": 8, "seq": 4}, "context_parallel: 8 ranks .* 4 tokens"),
+    "a sequence in uneven pieces": ({"context_parallel": 4, "accelerators": 4, "seq": 32770}, "8 even pieces.* write --seq 32776"),
+    "int8 in shards": ({"method": "qlora", "base_quantization": "int8", "accelerators": 2, "sharding": "fsdp"}, "int8 weights cannot be sharded by fsdp"),
     "shards that do not divide": ({"shard_size": 3, "accelerators": 8, "sharding": "fsdp"}, "shard_size: 3 does not divide the 8"),
     "a rank beyond the width": ({"method": "lora", "lora_rank": 5000}, "lora_rank: 5000 is more than the width"),
     "too many heads' ranks of an inferred shape": ({"model": "8e9", "tensor_parallel": 1024, "accelerators": 1024}, "1024 ranks are more"),
