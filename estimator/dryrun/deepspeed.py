@@ -182,9 +182,7 @@ class DeepSpeedLoop(Loop):
         layers = {layer: round(elements * width) for layer, elements in flat.of_layers.items()}
         return self._take_bytes(category, round(flat.elements * width), layers, stream)
 
-    def _take_bytes(
-        self, category: str, amount: int, layers: dict[int, int] | None = None, stream: int = 0
-    ) -> int:
+    def _take_bytes(self, category: str, amount: int, layers: dict[int, int] | None = None, stream: int = 0) -> int:
         storage = Storage(
             bytes=amount, category=category, layer=None, holder="DeepSpeed", bytes_of_layers=layers or {}, stream=stream
         )

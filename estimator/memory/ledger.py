@@ -95,7 +95,6 @@ class Ledger:
             ),
         )  # fmt: skip
 
-
     def beside(self, logits: Number) -> Number:
         """What the layers hold beside ``logits``: 1F1B's last stage, which alone has these, holds one micro-batch's, where the
         first holds as many as there are stages. Whichever stage has more."""

@@ -95,7 +95,9 @@ def states(shape: ModelShape, setup: Setup) -> States:
     total = where(setup.pipeline_parallel > 1, layered + tables, total)
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
     experts = count.experts if quantizes_experts(setup) else 0
-    quantized = (count.attention + count.mixer + count.mlp + experts + count.other) / dense if setup.base_quantization else 0.0
+    quantized = (
+        (count.attention + count.mixer + count.mlp + experts + count.other) / dense if setup.base_quantization else 0.0
+    )
     if quantizes_head(setup):
         quantized = quantized + count.head / setup.tensor_parallel
     # Expert-parallel ranks are data-parallel ranks as well: sharding divides experts by what is left of these.
