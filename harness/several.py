@@ -60,7 +60,11 @@ def _check_tensor_parallel(setup: Setup) -> None:
         raise InputError("tensor_parallel: is not run with DDP around it; write --sharding fsdp")
     from estimator.dryrun.parallel import check_parallel
 
-    check_parallel(setup)
+    try:
+        check_parallel(setup)
+    except InputError as error:  # the reason holds here too, the advice is for a dry run
+        reason = str(error).partition(";")[0].replace("a dry run", "training here")
+        raise InputError(f"{reason}; change it, or write --tensor-parallel 1") from None
 
 
 def lone(setup: Setup) -> Setup:

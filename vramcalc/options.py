@@ -21,7 +21,7 @@ from estimator.units import parse_count
 _SHORT = {"accelerator": "--gpu", "accelerators": "--gpus", "base_quantization": "--quantization"}
 _LONG = {"params": "model"} | {flag.removeprefix("--"): name for name, flag in _SHORT.items()}
 _PANEL = "The setup"
-_FILLED_IN = ("optimizer", "zero_grad", "sharding", "data_parallel")
+_FILLED_IN = ("optimizer", "zero_grad", "sharding", "data_parallel", "pipeline_schedule")
 
 
 def setup_options(command: Callable[..., Any]) -> Callable[..., Any]:

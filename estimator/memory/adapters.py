@@ -138,6 +138,9 @@ def selective_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool)
     # LLM.int8() has kernels of its own; the others' products are plain ones with the dequantized matrix, in half.
     opaque = setup.base_quantization == "int8"
     base_width = min(size.compute, 2.0) if setup.base_quantization else size.compute
+    # FSDP's mixed precision gathers the adapters in half.
+    element = size.compute if size.autocast or size.stream != size.weight else size.trained
+    whole_sums = conventions(setup).parallel_loss  # DTensor's, on every rank before they are split
     saved, fixed, plain = 0.0, 0.0, 0
     for name, width in projections:
         biased = _has_bias(shape, name)
@@ -145,7 +148,6 @@ def selective_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool)
         if name in adapted and setup.method == "dora":  # first the norm's products, of no tokens
             for outputs in (setup.lora_rank or 0, width):
                 plain += 1
-                element = size.compute if size.autocast else size.trained
                 fixed += element * adapted[name] * outputs * ((plain + sum(not b for _, b in products)) % 2)
         if name in adapted:
             products += [(setup.lora_rank or 0, False), (width, False)]
@@ -154,5 +156,7 @@ def selective_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool)
             unused = setup.compile and name == "down_proj"
             if (has_bias or plain % 2 == 1) and not unused:
                 base = position == 0 and not opaque
-                saved += outputs * (base_width if base else size.compute if size.autocast else size.trained)
+                if name in _ROWS and whole_sums:
+                    outputs = outputs * setup.tensor_parallel
+                saved += outputs * (base_width if base else element)
     return saved + size.compute * shape.value_width + 4 * shape.heads, fixed

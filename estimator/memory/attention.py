@@ -89,10 +89,7 @@ def _projected(shape: ModelShape, setup: Setup, size: Widths) -> Number:
         rank = shape.q_lora_rank + shape.kv_lora_rank
         expanded = v + shape.heads * shape.qk_nope_head_dim / setup.tensor_parallel
         attention = c * (2 * q + v + expanded) + (4 + (2 * c if setup.method in ("full", "freeze") else 0)) * rank
-    if shape.qk_norm:
-        # The norm of q and k before rotation: fp32 input and the normalised tensor.
-        trains = setup.method in ("full", "freeze")
-        attention += (c if setup.compile else 4 + (c if trains else 0)) * (q + kv)  # compiled, it is recomputed
+    attention += _head_norms(shape, setup, size) * (q + kv)
     if convention.repeats_kv and shape.kv_heads != shape.heads:
         attention += c * 2 * (q - kv)
     elif convention.keeps_frozen_inputs or (
@@ -102,6 +99,15 @@ def _projected(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     if shape.family == "bert":
         attention += 2 * shape.hidden / setup.tensor_parallel  # the masks of its two other dropouts
     return attention
+
+
+def _head_norms(shape: ModelShape, setup: Setup, size: Widths) -> Number:
+    """Bytes of an element of queries and keys: of their norm before rotation the fp32 input and the normalised tensor."""
+    if not shape.qk_norm:
+        return 0.0
+    if setup.compile:  # it is recomputed
+        return size.compute
+    return 4 + (size.compute if setup.method in ("full", "freeze") else 0)
 
 
 def _eager(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
@@ -126,15 +132,17 @@ def _eager(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
         kept=kept,
         scores=heads * scores,
         transient_scores=heads * (2 * softmax - cast),
-        first_product=c * heads,
+        # Bloom adds the products to its biases, with an operator that no list of costly ones has.
+        first_product=0.0 if shape.family == "bloom" else c * heads,
     )
 
 
 def _math(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
     """SDPA's plain products: in fp32, k and v repeated."""
     heads = shape.heads / setup.tensor_parallel
-    q, _, v = _shares(shape, setup)
+    q, kv, v = _shares(shape, setup)
     kept = 4 * 3 * q + (size.compute * v if _reads_attention(shape, setup) else 0.0)
+    kept += _head_norms(shape, setup, size) * (q + kv)
     return AttentionBytes(
         kept=kept, scores=heads * 4.0, transient_scores=heads * 8.0, first_product=size.compute * heads
     )

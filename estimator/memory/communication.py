@@ -45,6 +45,7 @@ class Buffers:
             layer=self._layer_bytes,
             states=self.states,
             layers=self.layers,
+            reduce_width=self.reduce_width,
         )
 
     @property
@@ -125,6 +126,8 @@ class Buffers:
         # The layer itself, the one that is fetched ahead, the unit's gradients that are being reduced, and of its own those of
         # the down projection, which come first.
         reduced = maximum(self._layer, head) if phase == "head" and not tied else self._layer
+        if phase == "head" and self.setup.method == "freeze":
+            reduced = 0.0  # the head is frozen, and no layer has come before the last
         return stays + 2 * self._layer_bytes + self.reduce_width * reduced + self.first_gradient
 
     @property
@@ -133,6 +136,12 @@ class Buffers:
         if self.shape.experts:
             return 0.0
         return self.size.compute * self.shape.hidden * self.shape.ffn / self.setup.tensor_parallel
+
+    def unmade_tables(self) -> Number:
+        """Gradients of tables that a layer's backward does not find: all but those of an FSDP2 unit with an untied head."""
+        alone = self.flat is None and not self.shape.tied_embeddings
+        tables = 1 if alone or self.shape.tied_embeddings else 2
+        return self.states.gradient_width * tables * self.states.embedding / self.place.gradients
 
     def before_attention(self) -> Number:
         """Of a layer's gradients, beyond ``first_gradient``, the feed-forward's others: they are there when backward comes to
@@ -158,8 +167,8 @@ class Buffers:
         return where(self.place.gathers, 3 * self._layer_bytes + stays, 0.0)
 
     def finished_layer(self) -> Number:
-        """Gradients of a layer as its backward ends, before they are copied to be reduced; ``at("backward")`` is beside them."""
-        if self.setup.sharding != "fsdp" or self.flat is not None or self.setup.method != "full":
+        """Gradients of a layer as its backward ends, before they are copied to be reduced."""
+        if self.setup.sharding != "fsdp" or self.setup.method != "full":
             return 0.0
         return where(self.place.gathers, self.size.compute * self._layer, 0.0)
 
@@ -186,19 +195,20 @@ class Buffers:
             return 0.0
         table, width = self.states.embedding, self.size.compute
         previous = self.reduce_width * self._layer
-        if self.flat is not None:
+        if self.flat is not None and not self.shape.tied_embeddings:
             reduced = self.flat.splitting()
         elif self.shape.tied_embeddings:
             in_place = self.setup.loss in ("chunked", "fused-linear", "cut-cross-entropy")
             copies = (3 if in_place else 4) + self.differently_split()
             reduced = copies * width * table + previous
         else:
-            reduced = maximum(2 * width * table + previous, (width + self.reduce_width) * table)
+            reduced = (2 + self.differently_split()) * width * table + previous
+            reduced = maximum(reduced, (width + self.reduce_width) * table)
         missing = self.states.gradient_width * table / self.place.gradients
         return where(self.place.gathers, maximum(reduced - missing, 0.0), 0.0)
 
     def differently_split(self) -> Number:
-        """DTensor's gradients of a tied table are split in different ways: before they are added one is made whole."""
+        """The copies of a split table that DTensor has in a gradient of the lookup, which every rank makes whole: over tokens, not words."""
         tensor = self.setup.tensor_parallel
         return where(tensor > 1, tensor, 0)
 

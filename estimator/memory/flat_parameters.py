@@ -29,11 +29,17 @@ class FlatUnits:
     """Bytes of a gathered layer, which may be quantized."""
     states: States
     layers: Number
+    reduce_width: float
+    """Bytes of an element of a gradient as it is reduced."""
 
     @property
     def root(self) -> Number:
         """Gathered tables."""
         return self.width * self.states.embedding * (1 if self.shape.tied_embeddings else 2)
+
+    @property
+    def fetches_ahead(self) -> bool:
+        return not (self.setup.checkpointing == "full" and self.setup.checkpoint_reentrant)
 
     def gathered(self, phase: str) -> Number:
         """Phases as ``Buffers.at``'s: with the root stand, in backward, a layer and (but for the last one) the layer that is
@@ -41,14 +47,14 @@ class FlatUnits:
         layer ran: such layers are not fetched ahead."""
         if not self.setup.reshard_after_forward:
             return self.root + self.layer * self.layers
-        ahead = 0 if self.setup.checkpointing == "full" and self.setup.checkpoint_reentrant else 1
+        ahead = 1 if self.fetches_ahead else 0
         if phase in ("forward", "loss"):
             return self.root + (ahead * self.layer if phase == "loss" else 0.0)
         gradients = self.width * self.with_gradients() / self.layers
         if self.setup.method in ADAPTERS and not conventions(self.setup).mixed_units:
             gradients = self.states.gradient_width * self.states.trainable / self.layers
         elif self.setup.method == "full":
-            gradients = self.layer
+            gradients = self.reduce_width * self.layer / self.width
         return self.root + (1 + ahead if phase == "head" else 1) * self.layer + gradients
 
     def with_gradients(self) -> Number:

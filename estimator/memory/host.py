@@ -125,7 +125,7 @@ def _loading(shape: ModelShape, setup: Setup) -> HostMoment:
 def _training(shape: ModelShape, setup: Setup) -> float:
     """What an offloaded rank keeps on its host, without what is pinned."""
     if setup.offload == "activations":
-        return _offloaded_activations(shape, setup)
+        return _offloaded_activations(shape, setup) + _paged(shape, setup)
     if setup.offload is None:
         return _paged(shape, setup)
     persistent, place = states(shape, setup), placement(setup)

@@ -48,19 +48,21 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
     converts = setup.framework == "hf-trainer" and size.autocast and setup.logit_copies == "none"
     whole = compiles_loss(setup)
     held: Number = c if convention.holds_logits and setup.loss != "chunked" else 0.0
-    # Split logits' exp and its sum with the gradient are one more tensor for a moment.
+    # Split logits are normalised in single operators, with exp beside what was shifted; their gradient's sum with exp is one more.
     summed = where(setup.tensor_parallel > 1, 4.0, 0.0) if convention.parallel_loss else 0.0
     forward, backward = _loss_chain(setup, c=c, copy=copy, held=held + summed)
+    made = bool(forward)  # before it is an array, as in a plan's grids
+    forward = forward + (summed if setup.loss == "standard" else 0.0)
     if shape.family in _OWN_LOSS and setup.logit_copies != "none" and setup.loss in ("standard", "fused-kernel"):
         forward, backward = _own_loss(setup, size)
-    if layer_facts(shape.family).logit_cap and forward:  # tanh keeps its result
+    if layer_facts(shape.family).logit_cap and made:  # tanh keeps its result
         forward, backward = forward + c, backward + c
     linear = setup.loss in ("fused-linear", "cut-cross-entropy")
     head_gradients = shape.vocab * shape.hidden * size.stream if linear and setup.method == "full" else 0.0
     return LogitBytes(
         forward=forward * vocab,
         backward=backward * vocab,
-        held=held * vocab if forward else 0.0,
+        held=held * vocab if made else 0.0,
         returned=4.0 * vocab if converts and (setup.loss in ("fused-kernel", "compiled") or whole) else 0.0,
         evaluation=(c + copy + 4.0) * vocab,
         converted=(c + copy if copy else 0.0) * vocab,

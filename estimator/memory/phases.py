@@ -16,11 +16,13 @@ from estimator.memory.autocast import LOSS_CHUNKS, autocast_copies, evaluation_c
 from estimator.memory.galore import step_bytes
 from estimator.memory.ledger import Ledger, Moment
 from estimator.memory.logits import compiles_loss
-from estimator.memory.states import keeps_master_weights, quantizes_head
+from estimator.memory.states import accumulates_in_fp32, keeps_master_weights, leaves_table_whole, quantizes_head
 
 PHASES = ("forward", "backward", "optimizer", "evaluation")
 _OWN_PRODUCTS = ("fused-linear", "cut-cross-entropy")
 """Losses that multiply with the head themselves."""
+_WHOLE = ("standard", "fused-kernel")
+"""Losses that have all logits' gradient at once."""
 
 
 def moments(ledger: Ledger) -> tuple[Moment, ...]:
@@ -28,8 +30,13 @@ def moments(ledger: Ledger) -> tuple[Moment, ...]:
     found = [forward(ledger), backward_start(ledger), backward_end(ledger), optimizer_step(ledger)]
     if ledger.setup.loss == "chunked" and ledger.setup.method == "full" and ledger.setup.sharding == "none":
         found.append(adding_chunks(ledger))
-    if ledger.setup.sharding in ("fsdp", "zero3"):
+    if ledger.setup.sharding in ("fsdp", "zero2", "zero3"):
         found += sharded_phases.moments(ledger)
+    apart = ledger.setup.sharding != "fsdp" and not accumulates_in_fp32(
+        ledger.setup
+    )  # Megatron's adds as it multiplies
+    if ledger.setup.method == "full" and apart and ledger.setup.loss in _WHOLE:
+        found.append(head_gradient(ledger))
     if ledger.setup.eval_batch is not None:
         found.append(evaluation(ledger))
     return tuple(found)
@@ -92,6 +99,22 @@ def backward_start(ledger: Ledger) -> Moment:
             layers_win, autocast_copies(ledger, "layers") + first, autocast_copies(ledger, "backward") + whole
         ),
         communication=where(layers_win, during, before),
+    )
+
+
+def head_gradient(ledger: Ledger) -> Moment:
+    """The head's backward makes its gradient beside that of the logits, whatever an earlier micro-batch left; a half one is cast."""
+    size, logits = ledger.size, ledger.tokens * ledger.size.compute * ledger.shape.vocab / stream_ranks(ledger.setup)
+    made = size.compute * ledger.states.embedding
+    if size.casts_weights:  # when the head's own cast is gone
+        logits = maximum(logits, 4 * ledger.states.embedding - made)
+    return ledger.moment(
+        "backward",
+        gradients=ledger.held_gradients,
+        activations=ledger.beside(logits) + ledger.head_inputs,
+        logits=ledger.tokens * ledger.logits.held + logits,
+        temporaries=made + autocast_copies(ledger, "backward"),
+        communication=ledger.buffers.at("loss"),
     )
 
 
@@ -161,8 +184,11 @@ def _first_layer(ledger: Ledger) -> tuple[Number, Number]:
     held, shape, states = ledger.held, ledger.shape, ledger.states
     in_feed_forward, in_attention = held.first_layer + held.in_feed_forward, held.first_layer + held.in_attention
     if ledger.setup.sharding != "none" or ledger.setup.method not in ("full", "freeze"):
-        return maximum(in_feed_forward, in_attention + ledger.buffers.before_attention()), 0.0
+        layer = maximum(in_feed_forward, in_attention + ledger.buffers.before_attention())
+        return layer, sharded_phases.first_layers(ledger)
     tables = states.embedding if ledger.setup.method == "full" and not shape.tied_embeddings else 0.0
+    if leaves_table_whole(shape, ledger.setup):
+        tables = tables * ledger.setup.tensor_parallel
     matrix = shape.hidden * shape.plain_ffn / ledger.setup.tensor_parallel
     width = states.gradient_width
     most = states.gradients - ledger.held_gradients
@@ -193,7 +219,10 @@ def optimizer_step(ledger: Ledger) -> Moment:
     gradients = ledger.states.gradients
     if keeps_master_weights(ledger.setup):
         gradients = ledger.buffers.engine.step_gradients()
-    return ledger.moment("optimizer", gradients=gradients, temporaries=optimizer_temporaries(ledger))
+    split: Number = 0.0  # the table's gradient as its parameter is
+    if leaves_table_whole(ledger.shape, ledger.setup):
+        split = where(ledger.setup.tensor_parallel > 1, ledger.states.gradient_width * ledger.states.embedding, 0.0)
+    return ledger.moment("optimizer", gradients=gradients, temporaries=split + optimizer_temporaries(ledger))
 
 
 def optimizer_temporaries(ledger: Ledger) -> Number:

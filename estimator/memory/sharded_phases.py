@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from estimator.arrays import maximum, where
+from estimator.arrays import Number, maximum, minimum, where
 from estimator.conventions import stream_ranks
 from estimator.memory.ledger import Ledger, Moment
+from estimator.memory.states import keeps_master_weights
 
 _LOSS_CHUNKS = 8
 """torchtune's, as in ``estimator.memory.losses``."""
@@ -13,6 +14,8 @@ _LOSS_CHUNKS = 8
 def moments(ledger: Ledger) -> list[Moment]:
     if ledger.setup.sharding == "zero3":
         return [full_bucket(ledger, first=True), full_bucket(ledger, first=False)]
+    if ledger.setup.sharding == "zero2":
+        return [first_bucket(ledger)] if keeps_master_weights(ledger.setup) and not ledger.setup.offload else []
     return [
         gathering(ledger),
         last_layer(ledger),
@@ -35,6 +38,21 @@ def full_bucket(ledger: Ledger, *, first: bool) -> Moment:
         logits=ledger.tokens * ledger.logits.held,
         temporaries=reduces * (ledger.size.stream * ledger.states.embedding if tied else 0.0),
         communication=where(reduces > 0, buffers, 0.0),
+    )
+
+
+def first_bucket(ledger: Ledger) -> Moment:
+    """ZeRO-2 fills its first bucket after the last layers of backward."""
+    left, partition, own = ledger.buffers.engine.first_bucket()
+    held, full = ledger.held, ledger.setup.method == "full"
+    fills = where(left > 0, 1.0, 0.0)
+    waiting = ledger.size.stream * ledger.states.embedding if full and ledger.shape.tied_embeddings else 0.0
+    return ledger.moment(
+        "backward",
+        gradients=ledger.held_gradients + partition,
+        activations=held.kept * left + fills * (held.recomputed + held.transient),
+        logits=ledger.tokens * ledger.logits.held,
+        temporaries=fills * waiting + own,
     )
 
 
@@ -61,21 +79,42 @@ def last_layer(ledger: Ledger) -> Moment:
 def finished_layer(ledger: Ledger, *, last: bool) -> Moment:
     """The last layer but one (or the first but one, when all others' gradients are there) has its gradients, and of its
     activations only what comes before its attention is left."""
-    gradients = ledger.buffers.finished_layer()
+    gradients, flat = ledger.buffers.finished_layer(), ledger.buffers.flat is not None
     share = maximum(1 - 2 / ledger.layers, 0.0)
-    made = maximum(ledger.states.gradients - ledger.held_gradients, 0.0) * share
+    made = maximum(ledger.states.gradients - ledger.held_gradients - ledger.buffers.unmade_tables(), 0.0) * share
     norms = 4 * ledger.tokens * ledger.size.stream * ledger.shape.hidden / stream_ranks(ledger.setup)
-    # A tied table's first gradient waits for the lookup's.
-    waiting = ledger.size.stream * ledger.states.embedding if ledger.shape.tied_embeddings else 0.0
+    # A tied table's first gradient waits for the lookup's, and FSDP1's head for its unit's.
+    waits = ledger.shape.tied_embeddings or flat
+    waiting = ledger.size.stream * ledger.states.embedding if waits else 0.0
     before = where(gradients > 0, ledger.held.kept * (share if last else 1 / ledger.layers) + norms, 0.0)
     return ledger.moment(
         "backward",
         gradients=ledger.held_gradients + (0.0 if last else where(gradients > 0, made, 0.0)),
         activations=before,
         logits=ledger.tokens * ledger.logits.held,
-        temporaries=where(gradients > 0, gradients - ledger.buffers.first_gradient + waiting, 0.0),
-        communication=ledger.buffers.at("backward"),
+        temporaries=where(gradients > 0, gradients - (0.0 if flat else ledger.buffers.first_gradient) + waiting, 0.0),
+        communication=ledger.buffers.at("head" if flat else "backward"),  # FSDP1's has what is fetched ahead
     )
+
+
+def first_layers(ledger: Ledger) -> Number:
+    """Bytes less than with all gradients and the usual buffers, in full under FSDP: at the first layer its own and the tables'
+    gradients are not there, and where a layer is fetched ahead it is the embedding, if any; at the second the first's are missing too."""
+    setup, states, buffers = ledger.setup, ledger.states, ledger.buffers
+    if setup.sharding != "fsdp" or setup.method != "full":
+        return 0.0
+    layer = minimum(states.largest_layer, states.total)
+    gradients = states.gradient_width * layer / ledger.place.gradients
+    gathered = ledger.size.compute * layer
+    if buffers.flat is not None:  # fetches nothing ahead at its first
+        first, second = 0.0, gathered if buffers.flat.fetches_ahead else 0.0
+    else:
+        embedding = 0.0 if ledger.shape.tied_embeddings else ledger.size.compute * states.embedding
+        first, second = embedding - gathered, 0.0 if setup.reshard_after_forward else embedding
+    least = maximum(first, second - gradients + ledger.held.kept / ledger.layers)
+    missing = gradients + buffers.unmade_tables() - least
+    most = ledger.states.gradients - ledger.held_gradients
+    return where(ledger.place.gathers, where(most > 0, missing, 0.0), 0.0)
 
 
 def reducing(ledger: Ledger) -> Moment:

@@ -25,8 +25,8 @@ from estimator.setup import Setup
 
 __all__ = [
     "ADAPTER_START", "EIGHT_BIT_WIDTH", "QUANTIZED_BYTES", "STATISTICS_BYTES", "Placement", "States", "Widths", "accumulates_in_fp32", "as_built",
-    "copies_inputs", "keeps_master_weights", "layer_parameters", "model_divisors", "optimizer_bytes_per_parameter", "placement",
-    "quantizes_experts", "states", "trainable_parameters", "widths",
+    "copies_inputs", "keeps_master_weights", "layer_parameters", "leaves_table_whole", "model_divisors",
+    "optimizer_bytes_per_parameter", "placement", "quantizes_experts", "states", "trainable_parameters", "widths",
 ]  # fmt: skip
 
 # Bytes of one weight in a quantized matrix: the codes, and one absmax (or scale and zero) a group.
@@ -118,6 +118,8 @@ def states(shape: ModelShape, setup: Setup) -> States:
         parameters = parameters + _rotary_tables(shape, setup)
     elif accumulates_in_fp32(setup):
         gradients = trainable * accumulated_width(setup) / place.gradients
+    if leaves_table_whole(shape, setup):
+        gradients = gradients + (setup.tensor_parallel - 1) * size.trained * count.embedding / setup.tensor_parallel
     optimizer, host = optimizer_states(shape, setup, size, place, count, trainable=trainable, sharded=sharded)
     if setup.offload in ("optimizer", "optimizer+parameters") or "paged" in str(setup.optimizer):
         if keeps_master_weights(setup) and setup.sharding != "zero1":
@@ -144,6 +146,13 @@ def states(shape: ModelShape, setup: Setup) -> States:
         quantized=quantized,
         gradient_width=size.trained,
     )
+
+
+def leaves_table_whole(shape: ModelShape, setup: Setup) -> bool:
+    """Whether a table's gradient is on every rank as large as the whole table, until the step splits it: DTensor's lookup makes it
+    from its own tokens, and nothing but sharding or a tied head's gradient asks for the table's own split before."""
+    untied = setup.method == "full" and not shape.tied_embeddings
+    return untied and setup.sharding == "none" and conventions(setup).parallel_loss
 
 
 def _slack_of_loaded(shape: ModelShape, setup: Setup, size: Widths) -> Number:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, ceil, either, maximum, minimum, where
+from estimator.arrays import Number, ceil, maximum, minimum, where
 from estimator.memory.states import Placement, States
 from estimator.model.shape import ModelShape, count_parameters
 from estimator.setup import Setup
 
 # Elements: reduce_bucket_size; sub_group_size; stage3_max_live_parameters and stage3_max_reuse_distance.
 _BUCKET, _SUB_GROUP, _MAX_LIVE = 5e8, 1e9, 1e9
+_AHEAD = 5e7
+"""stage3_prefetch_bucket_size: gathered into one flat buffer, and copied out of it."""
 _HALF, _FULL, _DOUBLE = 2, 4, 8
 # What expandable segments grow to over the tensors in them, and in stage 3 beside its streams (published reserved peaks).
 _GROWN, _GROWN_STREAMS = 1.05, 1.2
@@ -75,7 +77,16 @@ class Engine:
         live: Number = _MAX_LIVE + self._matrix / 2
         if phase in ("backward", "table"):
             live = self._live(self.states.largest_layer if phase == "backward" else 0.0)
-        return where(self.place.gathers, _HALF * minimum(live, self.states.total), 0.0)
+        live = minimum(live, self.states.total + (_AHEAD if phase in ("forward", "loss") else 0.0))
+        if phase in ("head", "backward"):
+            live = maximum(live, 2 * self._experts)
+        return where(self.place.gathers, _HALF * live, 0.0)
+
+    @property
+    def _experts(self) -> Number:
+        """Elements of a layer's experts, two tensors of one module: gathered into a flat buffer and copied out of it."""
+        shape = self.shape
+        return shape.experts * shape.matrices * shape.ffn * shape.hidden if shape.moe_layers else 0.0
 
     def _live(self, left: Number) -> Number:
         """Gathered elements when backward has ``left`` of the layers to go: when it comes near the table, this is fetched too."""
@@ -101,8 +112,26 @@ class Engine:
         """Beside ``states.gradients`` at the end of backward (stage 1: after it): the partition that is being filled."""
         if self.setup.offload or self.setup.sharding == "zero3":
             return 0.0
-        kept = either(self.setup.accumulation > 1, self.setup.sharding == "zero1")
-        return where(kept, _HALF * self._partition, 0.0)
+        if self.setup.sharding == "zero1":
+            return _HALF * maximum(self._partition - self._filled, 0.0)
+        return where(self.setup.accumulation > 1, _HALF * self._partition, 0.0)
+
+    @property
+    def _filled(self) -> Number:
+        """Elements in the bucket when it is reduced for the first time: their own gradients are gone."""
+        full = max(_BUCKET - self._matrix / 2, 0.0)
+        return where(self.states.trainable > _BUCKET, full, self.states.trainable)
+
+    def first_bucket(self) -> tuple[Number, Number, Number]:
+        """Stage 2 reduces its first full bucket, with which the partition of its gradients comes into being: (the share of the
+        layers that backward has left then, bytes of that partition, of gradients that no bucket holds); 0 where none fills."""
+        states, tables = self.states, 0.0 if self.setup.method != "full" else self.states.embedding
+        head = 0.0 if self.shape.tied_embeddings else tables
+        layered = maximum(states.trainable - tables - head, 1.0)
+        left = minimum(1 - (self._filled - head) / layered, 1.0)
+        fills = where(states.trainable > _BUCKET, where(left > 0, 1.0, 0.0), 0.0)
+        own = _HALF * self._matrix if self._matrix > _BUCKET else 0.0
+        return fills * left, fills * _HALF * self._partition, fills * own
 
     def step_gradients(self) -> Number:
         """The partition that the optimizer reads."""

@@ -127,6 +127,7 @@ def test_the_document_has_what_a_plan_needs_and_its_command_is_understood() -> N
         words = found["command"].split()
         assert words[:2] == ["vramcalc", "train"] and words[words.index("--samples") + 1] == "10000"
         assert _setup_of(words[2:]) == found["setup"]
+        assert "--pipeline-schedule" not in words  # which the framework fills in
 
 
 def test_a_narrow_terminal_breaks_no_flag_and_what_train_does_not_run_is_said() -> None:

@@ -63,7 +63,14 @@ def test_the_formula_has_the_dry_runs_peak_under_fsdp() -> None:
 SHARDED = (
     {"method": "qlora", "loss": "cut-cross-entropy"},
     {"precision": "bf16", "context_parallel": 2},
-    {"framework": "torchtitan", "precision": "bf16", "sharding": "none", "tensor_parallel": 4},
+    {
+        "framework": "torchtitan",
+        "precision": "bf16",
+        "sharding": "none",
+        "tensor_parallel": 4,
+        "checkpointing": "selective",
+        "seq": 4096,
+    },
     {"framework": "hf-trainer+deepspeed", "sharding": "zero3", "checkpointing": "full"},
     {"framework": "torch-loop", "shard_size": 2, "accumulation": 2, "checkpointing": "full"},
 )

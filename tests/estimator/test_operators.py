@@ -94,7 +94,6 @@ def _config(path: Path, kind: str, **further: Any) -> str:
     ("kind", "further", "products"),
     [
         ("olmo2", {}, 1.0),  # Llama's matrices, other norms
-        ("lfm2", {"layer_types": ["conv", "conv", "conv", "full_attention"] * 2}, None),  # few layers with attention
         (
             "ernie4_5_moe",
             {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64},

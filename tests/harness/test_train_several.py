@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import harness.train
+from estimator.errors import InputError
 from estimator.setup import Setup
 from harness.launch import launch
 from harness.plan import TrainPlan
+from harness.several import check_trainable
 from harness.train_result import read_result
 from harness.training_log import read_log
 from profiler.device import local_device
@@ -139,3 +141,12 @@ def test_each_rank_takes_the_memory_that_was_predicted(trained: Path, name: str)
     weights = (trained / "loop-ddp" / "model" / "model.safetensors").stat().st_size
     for measured in result.allocated_by_rank:
         assert 0.99 * peak.predicted.value < measured < 1.01 * peak.predicted.value + weights
+
+
+@pytest.mark.parametrize(
+    "changed", [{"tensor_parallel": 2, "precision": "bf16-mixed"}, {"tensor_parallel": 2, "model": "nano"}]
+)
+def test_what_is_not_trained_by_tensor_parallelism_is_refused_without_talk_of_dry_runs(changed: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="write --tensor-parallel 1") as refusal:
+        check_trainable(Setup(**TWO | {"framework": "torch-loop", "model": "micro"} | changed).resolved())
+    assert "dry" not in str(refusal.value)
