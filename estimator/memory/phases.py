@@ -32,9 +32,8 @@ def moments(ledger: Ledger) -> tuple[Moment, ...]:
         found.append(adding_chunks(ledger))
     if ledger.setup.sharding in ("fsdp", "zero2", "zero3"):
         found += sharded_phases.moments(ledger)
-    apart = ledger.setup.sharding != "fsdp" and not accumulates_in_fp32(
-        ledger.setup
-    )  # Megatron's adds as it multiplies
+    # Megatron's products add to the gradients as they multiply.
+    apart = ledger.setup.sharding != "fsdp" and not accumulates_in_fp32(ledger.setup)
     if ledger.setup.method == "full" and apart and ledger.setup.loss in _WHOLE:
         found.append(head_gradient(ledger))
     if ledger.setup.eval_batch is not None:

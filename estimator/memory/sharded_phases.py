@@ -13,7 +13,7 @@ _LOSS_CHUNKS = 8
 
 def moments(ledger: Ledger) -> list[Moment]:
     if ledger.setup.sharding == "zero3":
-        return [full_bucket(ledger, first=True), full_bucket(ledger, first=False)]
+        return [full_bucket(ledger, first=True), full_bucket(ledger, first=False), fetching_head(ledger)]
     if ledger.setup.sharding == "zero2":
         return [first_bucket(ledger)] if keeps_master_weights(ledger.setup) and not ledger.setup.offload else []
     return [
@@ -38,6 +38,16 @@ def full_bucket(ledger: Ledger, *, first: bool) -> Moment:
         logits=ledger.tokens * ledger.logits.held,
         temporaries=reduces * (ledger.size.stream * ledger.states.embedding if tied else 0.0),
         communication=where(reduces > 0, buffers, 0.0),
+    )
+
+
+def fetching_head(ledger: Ledger) -> Moment:
+    """ZeRO-3 gathers the head, before there are logits."""
+    return ledger.moment(
+        "forward",
+        gradients=ledger.held_gradients,
+        activations=ledger.held.kept,
+        communication=ledger.buffers.engine.fetching_head(),
     )
 
 

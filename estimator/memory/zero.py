@@ -76,11 +76,19 @@ class Engine:
             return 0.0
         live: Number = _MAX_LIVE + self._matrix / 2
         if phase in ("backward", "table"):
-            live = self._live(self.states.largest_layer if phase == "backward" else 0.0)
+            # The first layer's last modules have less to go than the distance, however large it is.
+            live = self._live(minimum(self.states.largest_layer, _MAX_LIVE) if phase == "backward" else 0.0)
+        else:  # a head is whole whatever the limit
+            live = maximum(live, self.states.embedding)
         live = minimum(live, self.states.total + (_AHEAD if phase in ("forward", "loss") else 0.0))
         if phase in ("head", "backward"):
             live = maximum(live, 2 * self._experts)
         return where(self.place.gathers, _HALF * live, 0.0)
+
+    def fetching_head(self) -> Number:
+        """Buffers as the head is gathered, ahead of its turn with the last norm: in a flat buffer, and copied out of it."""
+        head = 0.0 if self.shape.tied_embeddings else 2 * self.states.embedding
+        return _HALF * _BUCKET + where(self.place.gathers, _HALF * head, 0.0)
 
     @property
     def _experts(self) -> Number:
