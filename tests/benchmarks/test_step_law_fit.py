@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.fit_step_law import cross_validate, half_width
+from benchmarks.fit_step_law import cross_validate
+from benchmarks.step_law_coverage import half_width
 from benchmarks.step_law_problem import NAMES, Problem, Row
 from estimator.hardware import find_accelerator
 from estimator.measured import MeasuredRun
