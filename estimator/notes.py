@@ -8,6 +8,7 @@ from estimator.hardware import find_accelerator, is_cpu
 from estimator.model.shape import ModelShape, count_parameters
 from estimator.result import TimeEstimate
 from estimator.run.cost import RunRequest
+from estimator.run.prices import choose_price
 from estimator.setup import Setup
 from estimator.speed.step_law import unseen
 from estimator.units import GIB
@@ -68,10 +69,19 @@ def notes_of(
         )
         notes.append(f"no time: {what}; measure with `vramcalc profile` and `vramcalc fit`")
     elif time.method == "formula" and (new := unseen(shape, setup, find_accelerator(setup.accelerator))):
+        # Of a framework that runs elsewhere told of, this accelerator may be known from others.
+        named = [
+            f"{setup.framework} on this accelerator"
+            if what == "accelerator" and "framework" not in new
+            else f"this {what}"
+            for what in new
+        ]
         notes.append(
-            f"time: no published run told the law of this {', '.join(new)}: general coefficients and a wider interval; "
+            f"time: no published run told the law of {', '.join(named)}: general coefficients and a wider interval; "
             "measure with `vramcalc profile` and `vramcalc fit`"
         )
+    if _has_no_price(setup, request, time):
+        notes.append(f"no cost: the catalog has no price for {setup.accelerator}; write --price 2.50")
     if request.tokens(setup.seq) is None:
         notes.append("no data given: no run; write --dataset-tokens N or --samples N, and --epochs")
     if calibration is not None:
@@ -79,6 +89,14 @@ def notes_of(
 
         notes += caveats(calibration, setup, count_parameters(shape).total)
     return tuple(notes)
+
+
+def _has_no_price(setup: Setup, request: RunRequest, time: TimeEstimate | None) -> bool:
+    """Whether a run is predicted that would cost something, nobody knows what."""
+    if time is None or request.tokens(setup.seq) is None or setup.accelerator is None or is_cpu(setup.accelerator):
+        return False
+    given = request.price_usd_per_gpu_hour
+    return choose_price(setup.accelerator, given=given, provider=request.provider, spot=request.spot) is None
 
 
 def _expected_memory(accelerator: str | None) -> list[str]:

@@ -76,6 +76,15 @@ def _rules(shape: ModelShape, setup: Setup) -> Iterator[tuple[Number, Callable[[
                 f"write --expert-parallel with a divisor of {shape.experts}"
             ),
         )
+        stage = setup.accelerators // pipeline  # its other ranks hold the same layers, and share the experts
+        yield (
+            stage % expert == 0,
+            lambda: (
+                f"expert_parallel: {expert} ranks do not divide the {stage} accelerators "
+                + ("of a pipeline stage" if pipeline > 1 else "there are")
+                + f"; write --expert-parallel with a divisor of both {stage} and {shape.experts}"
+            ),
+        )
     else:
         yield (
             expert == 1,

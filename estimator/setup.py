@@ -136,9 +136,15 @@ class Setup:
             raise InputError(
                 "trainable_layers: --method freeze needs --trainable-layers N (how many last layers train)"
             )
-        if self.method in ("full", "freeze") and (self.lora_rank or self.base_quantization):
-            given = "lora_rank" if self.lora_rank else "base_quantization"
-            raise InputError(f"{given}: means nothing with --method {self.method}; write --method lora or qlora")
+        if self.method in ("full", "freeze"):
+            for name in ("lora_rank", "lora_targets", "base_quantization"):
+                if getattr(self, name):
+                    raise InputError(f"{name}: means nothing with --method {self.method}; write --method lora or qlora")
+        if self.attention_kernel and self.attention not in ("sdpa", self.attention_kernel):
+            raise InputError(
+                f"attention_kernel: {self.attention_kernel} is a choice of SDPA, which --attention {self.attention} does not "
+                "call; write --attention sdpa, or leave --attention-kernel out"
+            )
         if self.lora_targets is not None and not self.lora_targets.replace(",", " ").split():
             raise InputError(
                 f"lora_targets: {self.lora_targets!r} names no module; write all-linear or for example 'q_proj v_proj'"

@@ -5,12 +5,12 @@ It needs torch and transformers, and imports them where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estimator.errors import InputError, MissingError
-from estimator.model.catalog import model_names, resolve_model
+from estimator.model.catalog import listed_name, model_names, resolve_model
 from estimator.model.families import transformers_class
 from estimator.model.shape import ModelShape
 from estimator.setup import Setup
@@ -20,8 +20,24 @@ if TYPE_CHECKING:
 
 _ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
 _LLAMA_LIKE = {
-    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "granite", "nemotron", "deepseek_v3", "gpt_oss",
+    "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "granite", "granitemoe", "nemotron",
+    "deepseek_v3", "gpt_oss", "olmo2", "olmoe", "minimax_m2", "glm4_moe", "cohere", "stablelm", "phimoe", "arcee", "starcoder2",
 }  # fmt: skip
+
+
+_BIASED: dict[str, Callable[[ModelShape], bool]] = {"attention_bias": lambda shape: bool(shape.attention_bias)}
+_NORMED: dict[str, Callable[[ModelShape], bool]] = {"use_qk_norm": lambda shape: bool(shape.qk_norm)}
+_SWITCHES: dict[str, dict[str, Callable[[ModelShape], bool]]] = {
+    "glm4_moe": _BIASED | _NORMED,
+    "cohere": _NORMED,
+    "stablelm": {
+        "use_qkv_bias": lambda shape: bool(shape.attention_bias),
+        "qk_layernorm": lambda shape: bool(shape.qk_norm),
+        "use_parallel_residual": lambda shape: shape.norms_per_layer == 1,
+    },
+    "phimoe": _BIASED | {"lm_head_bias": lambda shape: bool(shape.head_bias)},
+}
+"""Keys that switch parts of a layer on, in the families whose models differ in them."""
 
 
 def model_config(setup: Setup) -> PreTrainedConfig:
@@ -31,6 +47,10 @@ def model_config(setup: Setup) -> PreTrainedConfig:
     """
     attention = _ATTENTION[setup.attention]
     if is_pretrained(setup.model):
+        from estimator.model.hub import settle_for_the_cache_without_a_network
+
+        if not Path(setup.model).expanduser().exists():
+            settle_for_the_cache_without_a_network()
         from transformers import AutoConfig
 
         try:
@@ -38,8 +58,10 @@ def model_config(setup: Setup) -> PreTrainedConfig:
                 setup.model, trust_remote_code=False, attn_implementation=attention
             )
         except Exception as error:
-            raise refusal(setup, error) from None
-        return config
+            if not isinstance(error, OSError) or listed_name(setup.model) == setup.model:
+                raise refusal(setup, error) from None  # else neither cached nor to be had, but known
+        else:
+            return config
     shape = resolve_model(setup.model)
     name = transformers_class(shape.family)
     if name is None:
@@ -58,9 +80,9 @@ def model_config(setup: Setup) -> PreTrainedConfig:
 def _config_arguments(shape: ModelShape) -> dict[str, Any]:
     if shape.family in _LLAMA_LIKE:
         return _llama_arguments(shape)
-    if shape.family in ("gpt2", "gpt_bigcode"):
+    if shape.family in ("gpt2", "gpt_bigcode", "gptj"):
         return _gpt2_arguments(shape)
-    if shape.family in ("gpt_neox", "phi", "opt", "falcon", "bloom"):
+    if shape.family in ("gpt_neox", "phi", "opt", "falcon", "bloom", "gpt_neo"):
         return _plain_arguments(shape)
     raise InputError(f"model: no rule builds the family {shape.family!r} with transformers; choose another model")
 
@@ -80,8 +102,10 @@ def _llama_arguments(shape: ModelShape) -> dict[str, Any]:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if shape.family in ("qwen2", "mistral", "mixtral"):
+    if shape.family in ("qwen2", "mistral", "mixtral", "starcoder2"):
         arguments["sliding_window"] = None
+    if shape.family in _SWITCHES:
+        arguments |= {key: field(shape) for key, field in _SWITCHES[shape.family].items()}
     if shape.experts:
         arguments |= _expert_arguments(shape)
     return arguments
@@ -102,8 +126,19 @@ def _expert_arguments(shape: ModelShape) -> dict[str, Any]:
             "moe_intermediate_size": shape.ffn,
             "num_experts_per_tok": shape.active_experts,
         }
-    if shape.family == "qwen3_moe":
+    if shape.family == "glm4_moe":
         return {
+            "first_k_dense_replace": shape.dense_layers,
+            "n_routed_experts": shape.experts,
+            "n_shared_experts": shape.shared_experts,
+            "moe_intermediate_size": shape.ffn,
+            "num_experts_per_tok": shape.active_experts,
+        }
+    if shape.family == "olmoe":
+        return {"num_experts": shape.experts, "num_experts_per_tok": shape.active_experts}
+    if shape.family in ("qwen2_moe", "qwen3_moe"):
+        shared = {"shared_expert_intermediate_size": shape.shared_experts * shape.ffn}
+        return (shared if shape.family == "qwen2_moe" else {}) | {
             "num_experts": shape.experts,
             "num_experts_per_tok": shape.active_experts,
             "moe_intermediate_size": shape.ffn,
@@ -135,8 +170,14 @@ def _plain_arguments(shape: ModelShape) -> dict[str, Any]:
         "num_attention_heads": shape.heads,
         "tie_word_embeddings": shape.tied_embeddings,
     }
-    if shape.family in ("gpt_neox", "phi"):
+    if shape.family in ("gpt_neox", "phi", "gpt_neo"):
         arguments["intermediate_size"] = shape.ffn
+    if shape.family == "gpt_neo":  # every second layer slides
+        arguments |= {
+            "attention_types": [[["global", "local"], shape.layers // 2]],
+            "window_size": shape.window,
+            "max_position_embeddings": shape.positions,
+        }
     if shape.family == "opt":
         arguments |= {
             "ffn_dim": shape.ffn,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from estimator.arrays import Number
 from estimator.conventions import conventions, stream_ranks
-from estimator.memory.adapters import adapter_bytes, eight_bit_input_bytes, selective_bytes
+from estimator.memory.adapters import FEED_FORWARD, OUTPUT, adapter_bytes, eight_bit_input_bytes, selective_bytes
 from estimator.memory.attention import attention_bytes, builds_mask
 from estimator.memory.feed_forward import feed_forward_bytes
 from estimator.memory.hybrid import branch_shares, mixer_bytes
@@ -51,6 +51,8 @@ class LayerActivations:
     """The largest momentary tensors of the feed-forward's backward beyond what the layer keeps."""
     attention_transient: Number
     """The same of attention's backward."""
+    softmax_transient: Number
+    """The same of the softmax's within it, beside its S x S matrices; it can be negative."""
     norm_transient: Number
     """The same of the backward of the norm between the two."""
     shared: Number
@@ -75,10 +77,13 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
     selective, fixed = selective_bytes(shape, setup, size, moe=moe)
     mlp, mlp_transient = feed_forward_bytes(shape, setup, size, moe=moe)
     kept = norms + attending * attention.kept + mixer_bytes(shape, setup, size) + mlp
+    spent = attending * attention.spent
     if not trains:
         kept += adapter_bytes(shape, setup, size, moe=moe)
+        mlp += adapter_bytes(shape, setup, size, moe=moe, among=FEED_FORWARD)
+        spent += adapter_bytes(shape, setup, size, moe=moe, among=OUTPUT)
     # Backward is through with the feed-forward and its norm when it comes to attention.
-    attention_transient = c * (q + 2 * kv + v) + s * h / shared - norms / 2
+    stream = s * h / shared - norms / 2
     writes_norms = shape.rms_norm and not conventions(setup).fused_layers and not setup.compile
     eight_bit = eight_bit_input_bytes(shape, setup, size)
     kept += eight_bit
@@ -92,7 +97,8 @@ def layer_activations(shape: ModelShape, setup: Setup, *, moe: bool, masked: boo
         quantized_inputs=eight_bit + (c * v if eight_bit else 0.0),  # attention's output, which it keeps anyway
         mlp=mlp,
         transient=mlp_transient + s * h / shared,  # the stream's own gradient
-        attention_transient=attention_transient,
+        attention_transient=c * (q + 2 * kv + v) + stream,
+        softmax_transient=stream - spent,
         norm_transient=(_NORM_TENSORS * 4 + s) * h / tensor if writes_norms and s != 4 else 0.0,
         shared=s * h / tensor if s == 4 or not writes_norms else 0.0,
         transient_scores=attention.transient_scores,

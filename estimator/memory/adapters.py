@@ -20,19 +20,25 @@ _ROWS = ("o_proj", "out_proj", "down_proj", "fc2")
 """Matrices that are split by rows: what they read is split."""
 
 
-def adapter_bytes(shape: ModelShape, setup: Setup, size: Widths, *, moe: bool) -> Number:
-    """What LoRA keeps: the input of each adapted matrix, and the low-rank product.
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "router")
+OUTPUT = ("o_proj",)
+
+
+def adapter_bytes(
+    shape: ModelShape, setup: Setup, size: Widths, *, moe: bool, among: tuple[str, ...] | None = None
+) -> Number:
+    """What LoRA keeps: the input of each adapted matrix (``among`` the named ones), and the low-rank product.
 
     Adapters are fp32 in peft, which casts the input of each to fp32; autocast casts that back, and then keeps only the
     half copy. Without any cast, matrices that read the same tensor share it, and the o projection's is kept anyway.
     """
     if setup.method.startswith("adapter"):
-        return _prompt_adapter_bytes(shape, setup, size)
+        return 0.0 if among else _prompt_adapter_bytes(shape, setup, size)
     assert setup.lora_rank is not None
-    modules = adapted_matrices(shape, setup, moe=moe)
+    modules = [matrix for matrix in adapted_matrices(shape, setup, moe=moe) if among is None or matrix[0] in among]
     convention = conventions(setup)
     quantized = 0.0
-    if convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
+    if among is None and convention.keeps_quantized_inputs and str(setup.base_quantization).startswith("nf4"):
         # Attention's output is kept anyway; both projections into the feed-forward read one tensor.
         quantized = size.compute * shape.hidden * min(shape.norms_per_layer, 2)
     if convention.dropped_inputs:

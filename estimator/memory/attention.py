@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from estimator.arrays import Number, maximum
+from estimator.arrays import Number, either, maximum, where
 from estimator.conventions import conventions
 from estimator.hardware import is_cpu
 from estimator.memory.widths import Widths, copies_inputs, input_width, widths
@@ -25,6 +25,9 @@ class AttentionBytes:
     """Momentary ones of backward, beyond those."""
     first_product: Number
     """The scores as the first product leaves them."""
+    spent: Number = 0.0
+    """Of ``kept``, attention's output, which backward is through with when it comes to the softmax (the values, too, but then their
+    gradient is there)."""
 
 
 def builds_mask(setup: Setup) -> bool:
@@ -107,7 +110,8 @@ def _head_norms(shape: ModelShape, setup: Setup, size: Widths) -> Number:
         return 0.0
     if setup.compile:  # it is recomputed
         return size.compute
-    return 4 + (size.compute if setup.method in ("full", "freeze") else 0)
+    normalised = 4 if layer_facts(shape.family).norm == "rms-fp32" else size.compute
+    return 4 + (normalised if setup.method in ("full", "freeze") else 0)
 
 
 def _eager(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
@@ -123,17 +127,21 @@ def _eager(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
     if shape.family == "bert":  # its configs drop 10% out: of the softmax too, which keeps result and mask
         scores += c + 1
     _, kv, _ = _shares(shape, setup)
-    kept = _projected(shape, setup, size) - (0.0 if _reads_attention(shape, setup) else c * v)
+    output = c * v if _reads_attention(shape, setup) else 0.0
+    kept = _projected(shape, setup, size) - (c * v - output)
     if shape.kv_heads != shape.heads:
         kept += c * 2 * (q - kv)
     if facts.fused_qkv and facts.rotation != "none" and conventions(setup).written_out_gelu and not setup.compile:
-        kept -= c * (q + kv)  # nothing is a view of the fused output any more
+        # Nothing is a view of the fused output any more, but for the values of a single sequence, which no product has to copy.
+        copied = either(shape.kv_heads != shape.heads, setup.batch > 1)
+        kept = kept - where(copied, c * (q + kv), 0.0)
     return AttentionBytes(
         kept=kept,
         scores=heads * scores,
         transient_scores=heads * (2 * softmax - cast),
         # Bloom adds the products to its biases, with an operator that no list of costly ones has.
         first_product=0.0 if shape.family == "bloom" else c * heads,
+        spent=output,
     )
 
 
@@ -141,10 +149,14 @@ def _math(shape: ModelShape, setup: Setup, size: Widths) -> AttentionBytes:
     """SDPA's plain products: in fp32, k and v repeated."""
     heads = shape.heads / setup.tensor_parallel
     q, kv, v = _shares(shape, setup)
-    kept = 4 * 3 * q + (size.compute * v if _reads_attention(shape, setup) else 0.0)
-    kept += _head_norms(shape, setup, size) * (q + kv)
+    output = size.compute * v if _reads_attention(shape, setup) else 0.0
+    kept = 4 * 3 * q + output + _head_norms(shape, setup, size) * (q + kv)
     return AttentionBytes(
-        kept=kept, scores=heads * 4.0, transient_scores=heads * 8.0, first_product=size.compute * heads
+        kept=kept,
+        scores=heads * 4.0,
+        transient_scores=heads * 8.0,
+        first_product=size.compute * heads,
+        spent=output,
     )
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from estimator.memory.galore import state_bytes
-from estimator.memory.states import EIGHT_BIT_WIDTH, optimizer_bytes_per_parameter, trainable_parameters, widths
+from estimator.memory.optimizer_states import master_and_moments
+from estimator.memory.states import (
+    EIGHT_BIT_WIDTH,
+    accumulates_in_fp32,
+    keeps_master_weights,
+    optimizer_bytes_per_parameter,
+    trainable_parameters,
+    widths,
+)
 from estimator.model.mixer import mixer_tensors
 from estimator.model.shape import ModelShape, count_parameters, lora_modules
 from estimator.result import CheckpointEstimate
@@ -62,12 +70,12 @@ def weight_tensors(shape: ModelShape) -> tuple[TensorGroup, ...]:
         made = 2 * q if shape.attention_gate else q
         found += [(q + 2 * kv, h, layers)] if fused else [(made, h, layers), (kv, h, 2 * layers)]
         found.append((h, q, layers))
-        if shape.attention_bias:
+        if shape.attention_bias.startswith("qkv"):
             found += [(q + 2 * kv, 1, layers)] if fused else [(q, 1, layers), (kv, 1, 2 * layers)]
-        if shape.attention_bias == "qkvo":
+        if shape.attention_bias.endswith("o"):
             found.append((h, 1, layers))
         if shape.qk_norm:
-            found.append((shape.head_dim, 1, 2 * layers))
+            found += [(q, 1, layers), (kv, 1, layers)] if shape.wide_qk_norm else [(shape.head_dim, 1, 2 * layers)]
         if shape.family == "gpt_oss":
             found.append((shape.heads, 1, layers))
     for width, count in ((shape.plain_ffn, shape.plain_layers), (shape.ffn, shape.moe_layers * shape.shared_experts)):
@@ -114,6 +122,10 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> tuple[int, int]:
 def _optimizer_bytes(
     shape: ModelShape, setup: Setup, tensors: tuple[TensorGroup, ...], trained: int, trained_tensors: int
 ) -> int:
+    if keeps_master_weights(setup) or accumulates_in_fp32(setup):
+        # What steps fp32 copies saves them too; DeepSpeed's first stages, the model once more beside Trainer's.
+        again = 2.0 if setup.framework.startswith("hf-") and setup.sharding != "zero3" else 0.0
+        return round(trained * (master_and_moments(setup) + again)) + _MOMENTS_BYTES * trained_tensors
     if setup.optimizer == "sgd":
         return 1_657  # parameter groups alone
     if setup.optimizer == "adafactor":

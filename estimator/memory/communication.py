@@ -45,7 +45,6 @@ class Buffers:
             layer=self._layer_bytes,
             states=self.states,
             layers=self.layers,
-            reduce_width=self.reduce_width,
         )
 
     @property
@@ -59,17 +58,17 @@ class Buffers:
         if self.setup.method not in ADAPTERS:
             return 0.0
         mixed = self.setup.precision.endswith("-mixed") and not self.setup.base_quantization
-        return (self.size.compute if mixed else self.size.trained) * self.states.trainable / self.layers
+        return (self.size.compute if mixed else self.size.trained) * self._trained / self.layers
 
     @property
     def _layer_bytes(self) -> Number:
         """Of a layer as it is gathered: quantized matrices stay packed, and their statistics are no parameters."""
         kind = self.setup.base_quantization
         if kind is None:
-            return self.size.compute * self._layer + self._adapters
+            return self.size.compute * self.layer + self._adapters
         packed = self.states.quantized / self.layers
         width = QUANTIZED_BYTES[kind] - STATISTICS_BYTES[kind]
-        return width * packed + self._width * maximum(self._layer - packed, 0.0) + self._adapters
+        return width * packed + self._width * maximum(self.layer - packed, 0.0) + self._adapters
 
     @property
     def _tables(self) -> Number:
@@ -95,9 +94,15 @@ class Buffers:
         return 0.0
 
     @property
-    def _layer(self) -> Number:
-        """Parameters of a layer, which is gathered by itself."""
-        return minimum(self.states.largest_layer, self.states.total)
+    def layer(self) -> Number:
+        """Elements of a layer, which is gathered by itself."""
+        padding = self.states.padding / maximum(self.shape.moe_layers, 1) * (self.shape.layers / self.layers)
+        return minimum(self.states.largest_layer, self.states.total) + padding
+
+    @property
+    def _trained(self) -> Number:
+        """Elements that are trained, as they are gathered and reduced."""
+        return self.states.trainable + self.states.trained_padding
 
     @property
     def reduce_width(self) -> float:
@@ -113,7 +118,8 @@ class Buffers:
         width, head, tied = self._width, self.states.embedding, self.shape.tied_embeddings
         adapters = self.setup.method in ADAPTERS
         if self.flat is not None:
-            return self.flat.gathered(phase)
+            own = self.setup.method not in ADAPTERS and phase in ("backward", "head")
+            return self.flat.gathered(phase) + (self.first_gradient if own else 0.0)
         if not self.setup.reshard_after_forward and phase != "backward":  # and the head's all-gather put out as much
             return self._whole + (width * head if phase == "forward" and not tied else 0.0)
         if phase == "forward":  # the head, and what the last all-gather put out
@@ -122,10 +128,10 @@ class Buffers:
             return width * head
         stays = width * head if tied else 0.0
         if adapters:
-            return stays + 2 * self._layer_bytes + self.states.gradient_width * self.states.trainable / self.layers
+            return stays + 2 * self._layer_bytes + self.states.gradient_width * self._trained / self.layers
         # The layer itself, the one that is fetched ahead, the unit's gradients that are being reduced, and of its own those of
         # the down projection, which come first.
-        reduced = maximum(self._layer, head) if phase == "head" and not tied else self._layer
+        reduced = maximum(self.layer, head) if phase == "head" and not tied else self.layer
         if phase == "head" and self.setup.method == "freeze":
             reduced = 0.0  # the head is frozen, and no layer has come before the last
         return stays + 2 * self._layer_bytes + self.reduce_width * reduced + self.first_gradient
@@ -146,9 +152,13 @@ class Buffers:
     def before_attention(self) -> Number:
         """Of a layer's gradients, beyond ``first_gradient``, the feed-forward's others: they are there when backward comes to
         attention. A compiled layer's come all at once."""
-        if self.setup.sharding != "fsdp" or self.setup.method != "full" or self.flat is not None or self.setup.compile:
+        trains = self.setup.method in ("full", "freeze")
+        if self.setup.sharding != "fsdp" or not trains or self.setup.compile:
             return 0.0
-        return where(self.place.gathers, (self.shape.matrices - 1) * self.first_gradient, 0.0)
+        others = (self.shape.matrices - 1) * self.first_gradient
+        if self.shape.experts:
+            others = self.size.compute * self.states.experts * (self.shape.layers / self.shape.moe_layers) / self.layers
+        return where(self.place.gathers, others, 0.0)
 
     def gathering(self) -> Number:
         """The most that a forward pass gathers: a table in its all-gather's output and copied out of it, beside the last layer's
@@ -167,22 +177,28 @@ class Buffers:
         return where(self.place.gathers, 3 * self._layer_bytes + stays, 0.0)
 
     def finished_layer(self) -> Number:
-        """Gradients of a layer as its backward ends, before they are copied to be reduced."""
-        if self.setup.sharding != "fsdp" or self.setup.method != "full":
+        """Gradients of a layer as its backward ends, before they are copied to be reduced; FSDP1 puts them together before it frees
+        the layer."""
+        if self.setup.sharding != "fsdp" or self.setup.method not in ("full", "freeze"):
             return 0.0
-        return where(self.place.gathers, self.size.compute * self._layer, 0.0)
+        layer = minimum(self.states.largest_layer, self.states.total) * (1 if self.flat is None else 2)
+        return where(self.place.gathers, self.size.compute * layer, 0.0)
 
     def reducing_head(self) -> Number:
         """As the head's gradients are reduced: its gradient (three of them and the head itself while a chunked loss adds its
         pieces up), the reduction's input, and the next layer that is fetched."""
-        if self.setup.sharding != "fsdp" or self.setup.method != "full" or self.flat is not None:
+        if self.setup.sharding != "fsdp" or self.setup.method != "full":
             return 0.0
+        if self.flat is not None:
+            added = self.flat.gathered("loss") + 3 * self.size.compute * self.states.embedding
+            return where(self.place.gathers, added if self.setup.loss == "chunked" else 0.0, 0.0)
         head, width = self.states.embedding, self.size.compute
         reduced: Number = 0.0
         # The head itself is freed before its reduction, but not while a chunked loss still multiplies with it.
-        gathered = self._layer if self.setup.reshard_after_forward else self.states.total
+        whole = self.states.total + self.states.padding
+        gathered = self.layer if self.setup.reshard_after_forward else whole
         if not self.shape.tied_embeddings:
-            left = self._layer if self.setup.reshard_after_forward else self.states.total - head
+            left = self.layer if self.setup.reshard_after_forward else whole - head
             reduced = width * (head + left) + self.reduce_width * head * (1 + 1 / self.place.gradients)
         if self.setup.loss == "chunked":
             reduced = maximum(reduced, width * (3 * head + maximum(gathered, head)))
@@ -194,7 +210,7 @@ class Buffers:
         if self.setup.sharding != "fsdp" or self.setup.method != "full":
             return 0.0
         table, width = self.states.embedding, self.size.compute
-        previous = self.reduce_width * self._layer
+        previous = self.reduce_width * self.layer
         if self.flat is not None and not self.shape.tied_embeddings:
             reduced = self.flat.splitting()
         elif self.shape.tied_embeddings:
@@ -221,7 +237,7 @@ class Buffers:
         cast = self.reduce_width != self.states.gradient_width
         apart = either(either(cast, added), self.setup.zero_grad == "zero")
         replicated = where(apart, self.setup.data_ranks * self.setup.context_parallel > self.place.gradients, False)
-        return where(replicated, self.reduce_width * self.states.trainable / self.place.gradients, 0.0)
+        return where(replicated, self.reduce_width * self._trained / self.place.gradients, 0.0)
 
     def unsharded_gradients(self) -> Number:
         """What is not reduced before the last micro-batch: until then the whole model's gradients are on every rank."""
@@ -229,6 +245,14 @@ class Buffers:
             return 0.0
         whole = self.reduce_width * (self.states.trainable if self.flat is None else self.flat.with_gradients())
         return where(self.place.gathers, where(self.setup.accumulation > 1, whole, 0.0), 0.0)
+
+    def left_unsharded(self, *, units: int) -> Number:
+        """Of ``unsharded_gradients``, when as many units of the last micro-batch are reduced: the larger of head and last layer, or
+        both. FSDP1's root is reduced last of all."""
+        head = 0.0 if self.shape.tied_embeddings else self.states.embedding
+        layer = minimum(self.states.largest_layer, self.states.total)
+        gone = 0.0 if self.flat is not None else maximum(layer, head) if units == 1 else layer + head
+        return maximum(self.unsharded_gradients() - self.reduce_width * gone, 0.0)
 
     def adding_table(self) -> Number:
         """Beside gradients that are not reduced: the table, and a tied one's two further gradients; or FSDP1's root."""
@@ -256,5 +280,5 @@ class Buffers:
         pools = (1 if adapters else 2) * self._layer_bytes + self._tables
         if not self.setup.reshard_after_forward:
             pools = self._whole
-        reduced = self.states.trainable / self.layers if adapters else self._layer
+        reduced = self._trained / self.layers if adapters else self.layer
         return where(self.place.gathers, pools + self.states.gradient_width * reduced, 0.0)

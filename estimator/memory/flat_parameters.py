@@ -29,8 +29,6 @@ class FlatUnits:
     """Bytes of a gathered layer, which may be quantized."""
     states: States
     layers: Number
-    reduce_width: float
-    """Bytes of an element of a gradient as it is reduced."""
 
     @property
     def root(self) -> Number:
@@ -43,18 +41,18 @@ class FlatUnits:
 
     def gathered(self, phase: str) -> Number:
         """Phases as ``Buffers.at``'s: with the root stand, in backward, a layer and (but for the last one) the layer that is
-        fetched ahead, from the loss's on, and a layer's gradients. A reentrant checkpoint's output needed no gradient as the
+        fetched ahead, from the loss's on, and adapters' gradients. A reentrant checkpoint's output needed no gradient as the
         layer ran: such layers are not fetched ahead."""
-        if not self.setup.reshard_after_forward:
+        if not self.setup.reshard_after_forward and phase != "backward":
             return self.root + self.layer * self.layers
         ahead = 1 if self.fetches_ahead else 0
         if phase in ("forward", "loss"):
             return self.root + (ahead * self.layer if phase == "loss" else 0.0)
-        gradients = self.width * self.with_gradients() / self.layers
-        if self.setup.method in ADAPTERS and not conventions(self.setup).mixed_units:
-            gradients = self.states.gradient_width * self.states.trainable / self.layers
-        elif self.setup.method == "full":
-            gradients = self.reduce_width * self.layer / self.width
+        gradients: Number = 0.0
+        if self.setup.method in ADAPTERS:
+            gradients = self.width * self.with_gradients() / self.layers
+            if not conventions(self.setup).mixed_units:
+                gradients = self.states.gradient_width * self.states.trainable / self.layers
         return self.root + (1 + ahead if phase == "head" else 1) * self.layer + gradients
 
     def with_gradients(self) -> Number:

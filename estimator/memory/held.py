@@ -160,7 +160,8 @@ def _layer(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, *, moe
         kept, products = where(whole, kept, unmasked), where(whole, products, unmasked_products)
         one_mask = (setup.batch == 1) & whole
         first = where(one_mask, masked.selective_scores, first)
-    attention = maximum(layer.attention_transient + products, layer.norm_transient) - layer.mlp
+    softmax = where(products > 0, layer.softmax_transient + products, 0.0)
+    attention = maximum(maximum(layer.attention_transient, softmax), layer.norm_transient) - layer.mlp
     matrix: Number = 0.0
     if setup.base_quantization:  # one at a time in the compute type
         matrix = size.compute * shape.hidden * (shape.ffn if moe else shape.plain_ffn) / setup.tensor_parallel
@@ -179,7 +180,7 @@ def _layer(shape: ModelShape, setup: Setup, size: Widths, tokens: Number, *, moe
         shared=tokens * layer.shared,
         unreached=tokens * unreached,
         in_feed_forward=maximum(tokens * layer.transient, norms) + matrix + merged,
-        in_attention=maximum(tokens * attention, norms) + matrix,
+        in_attention=(maximum(tokens * attention, norms) if norms else tokens * attention) + matrix,
     )
 
 

@@ -64,7 +64,9 @@ def logit_bytes(shape: ModelShape, setup: Setup) -> LogitBytes:
         backward=backward * vocab,
         held=held * vocab if made else 0.0,
         returned=4.0 * vocab if converts and (setup.loss in ("fused-kernel", "compiled") or whole) else 0.0,
-        evaluation=(c + copy + 4.0) * vocab,
+        # torchtune's loss works chunk by chunk there too; the others leave an evaluation to the model's own.
+        evaluation=(c + (copy + 4.0) / (8 if setup.loss == "chunked" and not convention.separate_losses else 1))
+        * vocab,
         converted=(c + copy if copy else 0.0) * vocab,
         head_gradients=head_gradients / setup.tensor_parallel,
     )

@@ -18,6 +18,7 @@ _MOMENTS = {
 }  # fmt: skip
 _ABSMAX_WIDTH = 4 / 256
 EIGHT_BIT_WIDTH = 1 + _ABSMAX_WIDTH
+_MASTER_WIDTH = 4.0
 _PAGED_FROM = 100_000
 """Elements of a tensor from which on bitsandbytes pages its states (``Optimizer8bit.get_state_buffer``)."""
 
@@ -26,6 +27,12 @@ def optimizer_bytes_per_parameter(setup: Setup, size: Widths) -> float:
     """Bytes of optimizer state for one trained parameter."""
     optimizer = setup.optimizer or "adamw"
     return _MOMENTS[optimizer] * _moment_width(optimizer, size)
+
+
+def master_and_moments(setup: Setup) -> float:
+    """Bytes of a trained parameter where the optimizer steps fp32 copies of half weights: DeepSpeed's engine and Megatron's."""
+    optimizer = setup.optimizer or "adamw"
+    return _MASTER_WIDTH + _MOMENTS[optimizer] * (EIGHT_BIT_WIDTH if "8bit" in optimizer else 4.0)
 
 
 def _moment_width(optimizer: str, size: Widths) -> float:
@@ -43,9 +50,9 @@ def optimizer_states(
     if optimizer == "galore":
         kept: Number = state_bytes(shape, size.trained)
     elif keeps_master_weights(setup):
-        kept = trainable * 12.0 / place.optimizer
+        kept = trainable * master_and_moments(setup) / place.optimizer
     elif accumulates_in_fp32(setup):
-        kept = _distributed_bytes(setup, count, trainable)
+        kept = master_and_moments(setup) * _distributed(setup, count, trainable)
     else:
         kept = sharded * optimizer_bytes_per_parameter(setup, size)
         if "8bit" in optimizer and setup.method == "full" and setup.framework.startswith("hf-trainer"):
@@ -54,10 +61,14 @@ def optimizer_states(
             kept = kept + table * 2 * (4 - EIGHT_BIT_WIDTH)
         kept = kept / place.optimizer
     if setup.offload in ("optimizer", "optimizer+parameters"):  # ZeRO-Offload keeps fp32 master weights as well
-        masters = size.trained == 2 and not keeps_master_weights(setup)
+        masters = size.trained == 2 and not (keeps_master_weights(setup) or accumulates_in_fp32(setup))
         return 0.0, kept + (trainable * 12.0 / place.optimizer if masters else 0.0)
     if "paged" in optimizer:  # unified memory outside torch's allocator
         left = _unpaged(shape, setup, sharded) / place.optimizer
+        if keeps_master_weights(setup):
+            left = left + _MASTER_WIDTH * trainable / place.optimizer
+        elif accumulates_in_fp32(setup):
+            left = left + _MASTER_WIDTH * _distributed(setup, count, trainable)
         return left, maximum(kept - left, 0.0)
     if keeps_master_weights(setup) or accumulates_in_fp32(setup):  # in flat buffers
         return kept, 0.0
@@ -91,9 +102,9 @@ def _slack(shape: ModelShape, setup: Setup, size: Widths) -> Number:
     return slack * (setup.trainable_layers or 0) / shape.layers if setup.method == "freeze" else slack
 
 
-def _distributed_bytes(setup: Setup, count: ParameterCount, trainable: Number) -> Number:
-    """Megatron's: fp32 master weights and moments, split over the ranks that hold the same weights."""
+def _distributed(setup: Setup, count: ParameterCount, trainable: Number) -> Number:
+    """Trained parameters that one rank steps of Megatron's optimizer, which is split over those that hold the same weights."""
     ranks = setup.shard_size or setup.data_ranks * setup.context_parallel
     _, expert = model_divisors(setup)
     experts = count.experts / expert if setup.method == "full" else 0.0
-    return 12.0 * ((trainable - experts) / ranks + experts / maximum(ranks / setup.expert_parallel, 1))
+    return (trainable - experts) / ranks + experts / maximum(ranks / setup.expert_parallel, 1)

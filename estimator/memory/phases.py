@@ -89,9 +89,10 @@ def backward_start(ledger: Ledger) -> Moment:
     if not ledger.shape.tied_embeddings:
         in_place = where(ledger.held_gradients > 0, 0.0, in_place)
     left = where(layers_win, outputs + in_place, chain + logits.head_gradients)
+    reduced = where(ledger.buffers.unsharded_gradients() > 0, layers_win, False)
     return ledger.moment(
         "backward",
-        gradients=ledger.held_gradients,
+        gradients=where(reduced, ledger.buffers.left_unsharded(units=1), ledger.held_gradients),
         activations=ledger.beside(left) + where(layers_win, later, ledger.head_inputs),
         logits=left,
         temporaries=where(
@@ -229,7 +230,8 @@ def optimizer_temporaries(ledger: Ledger) -> Number:
     setup, size = ledger.setup, ledger.size
     if keeps_master_weights(setup):
         return ledger.buffers.engine.step_temporaries()
-    trained, shards = ledger.states.trainable * size.trained, ledger.place.optimizer
+    padded = ledger.states.trainable + ledger.states.trained_padding
+    trained, shards = padded * size.trained, ledger.place.optimizer
     if setup.optimizer == "adamw":
         if conventions(setup).fused_optimizer:
             return 0.0

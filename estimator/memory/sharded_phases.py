@@ -90,32 +90,42 @@ def finished_layer(ledger: Ledger, *, last: bool) -> Moment:
     """The last layer but one (or the first but one, when all others' gradients are there) has its gradients, and of its
     activations only what comes before its attention is left."""
     gradients, flat = ledger.buffers.finished_layer(), ledger.buffers.flat is not None
-    share = maximum(1 - 2 / ledger.layers, 0.0)
-    made = maximum(ledger.states.gradients - ledger.held_gradients - ledger.buffers.unmade_tables(), 0.0) * share
+    frozen = ledger.setup.method == "freeze"
+    layers = minimum(ledger.layers, ledger.setup.trainable_layers or 0) if frozen else ledger.layers
+    share = maximum(1 - 2 / layers, 0.0)
+    tables = 0.0 if frozen else ledger.buffers.unmade_tables()
+    made = maximum(ledger.states.gradients - ledger.held_gradients - tables, 0.0) * share
+    left = ledger.buffers.left_unsharded(units=2) if last else ledger.states.gradients
+    held = where(ledger.buffers.unsharded_gradients() > 0, left, ledger.held_gradients)
     norms = 4 * ledger.tokens * ledger.size.stream * ledger.shape.hidden / stream_ranks(ledger.setup)
     # A tied table's first gradient waits for the lookup's, and FSDP1's head for its unit's.
-    waits = ledger.shape.tied_embeddings or flat
+    waits = not frozen and (ledger.shape.tied_embeddings or flat)
     waiting = ledger.size.stream * ledger.states.embedding if waits else 0.0
-    before = where(gradients > 0, ledger.held.kept * (share if last else 1 / ledger.layers) + norms, 0.0)
+    before = where(gradients > 0, ledger.held.kept * (share if last else 1 / layers) + norms, 0.0)
     return ledger.moment(
         "backward",
-        gradients=ledger.held_gradients + (0.0 if last else where(gradients > 0, made, 0.0)),
+        gradients=held + (0.0 if last else where(gradients > 0, made, 0.0)),
         activations=before,
         logits=ledger.tokens * ledger.logits.held,
-        temporaries=where(gradients > 0, gradients - (0.0 if flat else ledger.buffers.first_gradient) + waiting, 0.0),
-        communication=ledger.buffers.at("head" if flat else "backward"),  # FSDP1's has what is fetched ahead
+        temporaries=where(gradients > 0, gradients - ledger.buffers.first_gradient + waiting, 0.0),
+        # FSDP1's has what is fetched ahead; layers that were not freed after the forward pass are by the end of backward.
+        communication=ledger.buffers.at(
+            "head" if flat and (last or ledger.setup.reshard_after_forward) else "backward"
+        ),
     )
 
 
 def first_layers(ledger: Ledger) -> Number:
-    """Bytes less than with all gradients and the usual buffers, in full under FSDP: at the first layer its own and the tables'
-    gradients are not there, and where a layer is fetched ahead it is the embedding, if any; at the second the first's are missing too."""
+    """Bytes less than with all gradients and the usual buffers, under FSDP: at the first trained layer its own gradients are not
+    there; in full the tables' neither, and where a layer is fetched ahead it is the embedding, if any; at the second the first's are
+    missing too."""
     setup, states, buffers = ledger.setup, ledger.states, ledger.buffers
-    if setup.sharding != "fsdp" or setup.method != "full":
+    if setup.sharding != "fsdp" or setup.method not in ("full", "freeze"):
         return 0.0
-    layer = minimum(states.largest_layer, states.total)
-    gradients = states.gradient_width * layer / ledger.place.gradients
-    gathered = ledger.size.compute * layer
+    gradients = states.gradient_width * buffers.layer / ledger.place.gradients
+    if setup.method == "freeze":
+        return where(ledger.place.gathers, minimum(gradients, states.gradients - ledger.held_gradients), 0.0)
+    gathered = ledger.size.compute * buffers.layer
     if buffers.flat is not None:  # fetches nothing ahead at its first
         first, second = 0.0, gathered if buffers.flat.fetches_ahead else 0.0
     else:

@@ -8,6 +8,7 @@ from estimator.arrays import Number, minimum, where
 from estimator.conventions import conventions, shards_flat
 from estimator.memory.blocks import matrix_slack
 from estimator.memory.optimizer_states import EIGHT_BIT_WIDTH, optimizer_bytes_per_parameter, optimizer_states
+from estimator.memory.padding import padding
 from estimator.memory.placement import Placement, model_divisors, placement
 from estimator.memory.remembered import remembered
 from estimator.memory.trained import ADAPTER_START, as_built, layer_parameters, trainable_parameters
@@ -44,9 +45,10 @@ STATISTICS_BYTES = {"nf4": 4 / 64, "nf4-dq": 1 / 64 + 4 / (64 * 256), "int8": 0.
 
 
 def quantizes_experts(setup: Setup) -> bool:
-    """transformers 5 has a layer's experts in one tensor, which bitsandbytes leaves as it was loaded; before (as a loss tells:
+    """transformers 5, as torchtitan, has a layer's experts in one tensor, which bitsandbytes leaves as it was loaded; before (as a loss tells:
     before 4.50), in GPTQ's checkpoints and in other code each is a matrix of its own."""
-    fused = setup.framework in ("hf-trainer", "hf-trainer+deepspeed", "torch-loop") and setup.logit_copies == "none"
+    of_today = setup.framework in ("hf-trainer", "hf-trainer+deepspeed", "torch-loop", "torchtitan")
+    fused = of_today and setup.logit_copies == "none"
     return not (fused and str(setup.base_quantization) in ("nf4", "nf4-dq", "int8"))
 
 
@@ -78,6 +80,10 @@ class States:
     quantized: Number
     """Parameters held in quantized matrices."""
     gradient_width: Number
+    padding: Number
+    """Elements that FSDP2 adds to the model's own tensors (``estimator.memory.padding``)."""
+    trained_padding: Number
+    """And to trained ones."""
 
 
 @remembered
@@ -95,21 +101,24 @@ def states(shape: ModelShape, setup: Setup) -> States:
     total = where(setup.pipeline_parallel > 1, layered + tables, total)
     trainable = total if setup.method == "full" else trainable_parameters(shape, setup) / dense
     experts = count.experts if quantizes_experts(setup) else 0
-    quantized = (
-        (count.attention + count.mixer + count.mlp + experts + count.other) / dense if setup.base_quantization else 0.0
-    )
+    quantized: Number = 0.0
+    if setup.base_quantization:
+        quantized = (count.attention + count.mixer + count.mlp + count.other) / dense + experts / expert
     if quantizes_head(setup):
         quantized = quantized + count.head / setup.tensor_parallel
     # Expert-parallel ranks are data-parallel ranks as well: sharding divides experts by what is left of these.
     again = count.experts / expert * (minimum(setup.expert_parallel, place.parameters) - 1)
-    parameters = _parameter_bytes(setup, size, count, total + again, trainable, quantized) / place.parameters
+    packed = quantized + (again if setup.base_quantization and experts else 0.0)
+    padded, trained_padded = padding(shape, setup, place)
+    held, trained = total + again + padded, trainable + trained_padded
+    parameters = _parameter_bytes(setup, size, count, held, trained, packed) / place.parameters
     slack = _slack_of_loaded(shape, setup, size)
     parameters = parameters + where(place.parameters == 1, slack, 0.0)
     if setup.base_quantization:
         whole = quantized * STATISTICS_BYTES[setup.base_quantization]
         parameters = parameters + whole * (1 - 1 / place.parameters)
     trains_experts = setup.method == "full" and not accumulates_in_fp32(setup)
-    sharded = trainable + (again if trains_experts else 0.0)
+    sharded = trainable + (again if trains_experts else 0.0) + trained_padded
     gradients = sharded * size.trained / place.gradients
     if setup.method in ("lora", "dora", "qlora") and shards_flat(setup) and conventions(setup).mixed_units:
         gradients = layered * size.trained / place.gradients
@@ -145,6 +154,8 @@ def states(shape: ModelShape, setup: Setup) -> States:
         embedding=shape.vocab * shape.hidden / setup.tensor_parallel,
         quantized=quantized,
         gradient_width=size.trained,
+        padding=padded,
+        trained_padding=trained_padded,
     )
 
 

@@ -12,12 +12,14 @@ from estimator.model.config_shape import shape_from_config_file
 from estimator.model.families import shape_of_family, transformers_class
 from estimator.model.inferred_shape import infer_shape
 from estimator.model.mixer import Mixer
+from estimator.model.names import catalog_name, near_names
 from estimator.model.shape import ModelShape
 from estimator.units import parse_count
 
 __all__ = [
     "built_in_names",
     "infer_shape",
+    "listed_name",
     "model_names",
     "read_data",
     "resolve_model",
@@ -41,35 +43,44 @@ def built_in_names() -> list[str]:
     return [name for name, row in _rows().items() if row["source"].startswith("built in")]
 
 
+@functools.cache
+def listed_name(model: str) -> str:
+    """What the catalog calls a model; ``model`` itself where it is none of the catalog's."""
+    if model[:1].isdigit() and not {"-", "/"} & set(model):
+        return model  # a count
+    return model.lower() if model.lower() in _rows() else catalog_name(model) or model
+
+
 def resolve_model(model: str) -> ModelShape:
     """The shape of what ``--model`` or ``--params`` names.
 
-    A parameter count ("8e9", "8B"), a catalog name, a path to a config.json or to a directory that holds one, or the
-    id of a model in the local hub cache. Raises InputError with the nearest names otherwise.
+    A parameter count ("8e9", "8B"), a name of the catalog as anybody writes it (``estimator.model.names``), a path to a
+    config.json or to a directory that holds one, or the id of a model in the local hub cache. Raises InputError with the nearest names otherwise.
     """
     text = model.strip()
     if text.startswith(tuple("0123456789+-.")) and "/" not in text:
         try:
             return infer_shape(parse_count(text, "params"))
         except InputError:
-            if not Path(text).exists():
+            if not _exists(text) and catalog_name(text) is None:
                 raise
-    name = text.lower()
-    if name not in _rows():
-        name = name.rsplit("/", 1)[-1].removesuffix("-hf")
-        name = name.removesuffix("-instruct") if name.removesuffix("-instruct") in _rows() else name
-    if text.lower() in _rows() or (name in _rows() and not Path(text).exists()):
+    name = listed_name(text)
+    if name in _rows() and (name == text.lower() or not _exists(text)):
         return _shape_of(name)
-    path = Path(text).expanduser()
-    if path.exists() or text.endswith(".json") or text.startswith((".", "/", "~")):
-        return shape_from_config_file(path)
+    if _exists(text) or text.endswith(".json") or text.startswith((".", "/", "~")):
+        return shape_from_config_file(Path(text))
     if "/" in text:
         return _shape_from_hub(text)
-    import difflib
-
-    near = difflib.get_close_matches(name, _rows(), n=3, cutoff=0.4)
+    near = near_names(text)
     hint = f"did you mean {', '.join(near)}?" if near else "see `vramcalc models`"
     raise InputError(f"model: {model!r} is not in the catalog, a config.json, a directory or a hub id; {hint}")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError):  # longer than a file's name can be; nobody's home
+        return False
 
 
 def rotary_positions(name: str) -> int | None:
@@ -81,7 +92,11 @@ def rotary_positions(name: str) -> int | None:
 def _shape_of(name: str) -> ModelShape:
     row = _rows()[name]
     extra = dict(item.split("=", 1) for item in row["extra"].split())
-    numbers: dict[str, Any] = {key: int(value) for key, value in extra.items() if not key.startswith("mixer_")}
+    numbers: dict[str, Any] = {
+        key: value if key == "attention_bias" else int(value)
+        for key, value in extra.items()
+        if not key.startswith("mixer_")
+    }
     mixer = {key.removeprefix("mixer_"): int(value) for key, value in extra.items() if key.startswith("mixer_")}
     if mixer:
         numbers["mixer"] = Mixer(**(mixer | {"delta_rule": bool(mixer.get("delta_rule"))}))  # type: ignore[arg-type]
@@ -120,6 +135,8 @@ def _shape_from_hub(model: str) -> ModelShape:
         return shape_from_config_file(Path(hf_hub_download(model, "config.json")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        near = near_names(model)
         raise InputError(
             f"model: {model!r} is neither in the catalog nor to be had from the hub ({reason}); give a local config.json"
+            + (f", or one of {', '.join(near)}" if near else "")
         ) from None

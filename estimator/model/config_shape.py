@@ -18,7 +18,7 @@ from estimator.model.shape import ModelShape, count_parameters
 _KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "vocab": ("vocab_size", "padded_vocab_size"),
 }
 _ALIASES = {
@@ -36,6 +36,12 @@ _MOST_LAYERS, _MOST_PARAMETERS = 10_000, 10**14
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_SWITCHED_BIASES = dict.fromkeys(("llama", "qwen3", "granite", "granitemoe", "mistral", "olmo2", "olmoe", "cohere", "phimoe"), "qkvo") | {
+    "glm4_moe": "qkv"
+}  # fmt: skip
+"""Which projections ``attention_bias`` gives a bias, in the families where it does."""
+_SWITCHED_NORMS = {"cohere": True, "stablelm": True, "glm4_moe": False}
+"""Whether the norms of queries and keys have a weight for each element of all heads, where the config switches them on."""
 
 
 @functools.cache
@@ -125,8 +131,16 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     experts = any_of(_EXPERTS) if config.get("is_moe") is not False else 0
     for key in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         extra[key] = whole(key, 0)
-    if config.get("attention_bias") is True and family in ("llama", "qwen3", "granite", "mistral"):
-        extra["attention_bias"] = "qkvo"
+    if config.get("attention_bias") is True and family in _SWITCHED_BIASES:
+        extra["attention_bias"] = _SWITCHED_BIASES[family]
+    if config.get("use_qkv_bias") is True:
+        extra["attention_bias"] = "qkv"
+    if family in _SWITCHED_NORMS and (config.get("use_qk_norm") or config.get("qk_layernorm")):
+        extra |= {"qk_norm": True, "wide_qk_norm": _SWITCHED_NORMS[family]}
+    if config.get("lm_head_bias") is True:
+        extra["head_bias"] = True
+    if config.get("use_parallel_residual") is True and family == "stablelm":
+        extra["norms_per_layer"] = 1
     if config.get("mlp_bias") is True:
         extra["mlp_bias"] = True
     ffn = whole("intermediate_size", whole("n_inner", whole("ffn_hidden_size", whole("ffn_dim", 4 * hidden))))
@@ -135,9 +149,12 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         extra["dense_ffn"] = ffn
         extra["dense_layers"] = any_of(("first_k_dense_replace", "moe_layer_start_index"))
         extra["moe_every"] = whole("decoder_sparse_step", 1)
+        if without := config.get("mlp_only_layers"):
+            extra |= {"dense_layers": _without_experts(without, first("layers"), extra["moe_every"]), "moe_every": 1}
         ffn = expert_ffn
         shared = whole("shared_expert_intermediate_size", 0)  # one, as wide as several
         extra["shared_experts"] = any_of(_SHARED, round(shared / max(ffn, 1)))
+        extra["shared_gate"] = family == "qwen2_moe" and extra["shared_experts"] > 0
     elif experts and config.get("intermediate_size_mlp") is not None:  # llama4: a shared expert beside the routed ones
         extra |= {"dense_ffn": whole("intermediate_size_mlp", 0), "shared_experts": 1}
         extra["moe_every"] = whole("interleave_moe_layer_step", 1)
@@ -165,6 +182,14 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     return _checked(shape_of_family(family, name=name, **(dimensions | extra)))
 
 
+def _without_experts(named: Any, layers: int, every: int) -> int:
+    """Layers that have no experts: those in ``mlp_only_layers``, and those between every ``decoder_sparse_step``-th one."""
+    if not isinstance(named, list) or not all(isinstance(layer, int) for layer in named):
+        raise InputError(f"model config: mlp_only_layers is {repr(named)[:60]}; it must be a list of layers")
+    lost = [layer for layer in set(named) if 0 <= layer < layers and (layer + 1) % max(every, 1) == 0]
+    return layers - layers // max(every, 1) + len(lost)
+
+
 def _known_by_code(name: str, layers: int, hidden: int, vocab: int) -> ModelShape:
     """What a config says of layers that no formula knows; the widths within them are placeholders."""
     ones = dict.fromkeys(("heads", "kv_heads", "head_dim", "ffn"), 1)
@@ -184,20 +209,22 @@ def _checked(shape: ModelShape) -> ModelShape:
 
 
 def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**300:
         raise InputError(f"model config: {key} is {repr(value)[:60]}; it must be a whole number")
     return value
 
 
 def shape_from_config_file(path: Path) -> ModelShape:
     """The shape of a ``config.json`` or of a directory that holds one. Raises InputError."""
-    file = path / "config.json" if path.is_dir() else path
+    file = path
     try:
+        path = file = path.expanduser()
+        file = path / "config.json" if path.is_dir() else path
         config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"model: cannot read {file}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # of too many digits, or brackets
         raise InputError(f"model: {file} is not JSON: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        raise InputError(f"model: cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(config, dict):
         raise InputError(f"model: {file} does not hold a JSON object")
     return shape_from_config(config, name=str(path))

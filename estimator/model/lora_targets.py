@@ -22,7 +22,7 @@ def adapted_matrices(shape: ModelShape, setup: Setup, *, moe: bool = False) -> t
     over, as peft does, and one projection that makes queries, keys and values is one matrix, ``qkv_proj``. Raises InputError
     for what is no projection."""
     matrices = _adapted(shape, setup.lora_targets, _by_transformers(setup))
-    if not (moe and _fused_experts(setup)):
+    if not (moe and fused_experts(setup)):
         return matrices
     width = shape.shared_experts * shape.ffn
     beside = {"gate_proj": (shape.hidden, width), "up_proj": (shape.hidden, width), "down_proj": (width, shape.hidden)}
@@ -30,10 +30,16 @@ def adapted_matrices(shape: ModelShape, setup: Setup, *, moe: bool = False) -> t
     return tuple(matrix for matrix in found if width or matrix[0] not in beside)
 
 
+_UNADAPTED = ("qwen2_moe", "granitemoe", "phimoe")
+"""Families whose experts peft leaves alone: it has no names for them (0.21, utils/transformers_weight_conversion.py)."""
+
+
 def adapted_experts(shape: ModelShape, setup: Setup) -> bool:
     """Whether peft adapts the routed experts, which transformers 5 has in two tensors a layer: it multiplies each adapter out
     and adds it to the experts, so that these stand there a second time."""
-    if setup.method not in ("lora", "qlora") or not (shape.experts and _fused_experts(setup)):
+    if setup.method not in ("lora", "qlora") or not (shape.experts and fused_experts(setup)):
+        return False
+    if shape.family in _UNADAPTED:
         return False
     return any(name in _FEED_FORWARD for name, _, _ in adapted_matrices(shape, setup))
 
@@ -69,7 +75,7 @@ def _by_transformers(setup: Setup) -> bool:
     return conventions(setup).written_out_gelu
 
 
-def _fused_experts(setup: Setup) -> bool:
+def fused_experts(setup: Setup) -> bool:
     """As a loss tells: before transformers 4.50 each expert had matrices of its own."""
     return _by_transformers(setup) and setup.logit_copies == "none"
 

@@ -42,9 +42,11 @@ class ModelShape:
     rms_norm: bool = True
     norm_bias: bool = False
     attention_bias: str = ""
-    """Which projections have a bias: "", "qkv" or "qkvo"."""
+    """Which projections have a bias: "", "qkv", "qkvo" or "o"."""
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    """The norms of queries and keys have a weight for each element of all heads, not of one."""
     norms_per_layer: int = 2
     extra_norms: int = 1
     """Norms outside the layers: the last one, and any after the embedding."""
@@ -205,10 +207,11 @@ def attention_parameters(shape: ModelShape) -> int:
         up = shape.kv_lora_rank * shape.heads * (nope + value)
         return query + down + up + shape.heads * value * h
     q, kv = shape.query_width, shape.kv_width
-    bias = {"": 0, "qkv": q + 2 * kv, "qkvo": q + 2 * kv + h}[shape.attention_bias]
+    bias = {"": 0, "qkv": q + 2 * kv, "qkvo": q + 2 * kv + h, "o": h}[shape.attention_bias]
     sinks = shape.heads if shape.family == "gpt_oss" else 0
     gate = h * q if shape.attention_gate else 0
-    return h * (2 * q + 2 * kv) + gate + bias + sinks + (2 * shape.head_dim if shape.qk_norm else 0)
+    normed = (q + kv if shape.wide_qk_norm else 2 * shape.head_dim) if shape.qk_norm else 0
+    return h * (2 * q + 2 * kv) + gate + bias + sinks + normed
 
 
 def mlp_parameters(shape: ModelShape, width: int) -> int:
@@ -279,7 +282,7 @@ _LORA_NAMES = {
     "query_key_value": ("q_proj", "k_proj", "v_proj"), "c_attn": ("q_proj", "k_proj", "v_proj"), "W_pack": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"), "dense": ("o_proj",), "c_proj": ("o_proj", "down_proj"), "output_proj": ("o_proj",), "out_proj": ("o_proj",),
     "Wqkv": ("q_proj", "k_proj", "v_proj"), "wq": ("q_proj",), "wk": ("k_proj",), "wv": ("v_proj",), "wo": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",),
-    "fc1": ("up_proj",), "c_fc": ("up_proj",), "fc2": ("down_proj",), "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "fc1": ("up_proj",), "c_fc": ("up_proj",), "fc_in": ("up_proj",), "fc2": ("down_proj",), "fc_out": ("down_proj",), "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "mlp": ("gate_proj", "up_proj", "down_proj"),
     "query": ("q_proj",), "key": ("k_proj",), "value": ("v_proj",), "projection": ("o_proj",), "head": (), "lm_head": (),
     "all-linear": _LORA_ALL, "all": _LORA_ALL,
 }  # fmt: skip

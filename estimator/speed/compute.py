@@ -245,7 +245,10 @@ def model_flops_per_token(shape: ModelShape, setup: Setup) -> Number:
     if setup.method == "freeze":
         head = 2.0 * shape.vocab * shape.hidden
         attention *= 1.0 + 2.0 * _trained(shape, setup)
-        return 2.0 * multiplying + head + 4.0 * trainable_parameters(shape, setup) + attention
+        trained: Number = trainable_parameters(shape, setup)
+        if shape.experts:  # a token is routed to a few of a layer's
+            trained = _trained(shape, setup) * (active_parameters(shape) - count.embedding - count.head - count.norm)
+        return 2.0 * multiplying + head + 4.0 * trained + attention
     return 6.0 * multiplying + 3.0 * attention
 
 

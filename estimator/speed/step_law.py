@@ -18,6 +18,7 @@ from typing import Any
 
 from estimator.arrays import Number, is_plain, maximum, where
 from estimator.hardware import Accelerator
+from estimator.model.catalog import listed_name
 from estimator.model.shape import ModelShape
 from estimator.result import Part
 from estimator.setup import Setup
@@ -100,6 +101,8 @@ def _levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[s
     compiled = "compiled" if setup.compile or own else "eager"
     # Written for one model and one vendor's kernels, or for all that PyTorch runs.
     engine = ("engine", "megatron" if megatron or own else "torch")
+    # A fused loss comes with fused norms and rotations (Liger, fms-acceleration's kernels); a chunked one alone.
+    kernels = "fused" if setup.loss.startswith("fused") else "separate"
     # What Megatron-Bridge's table calls ddp are mostly its older releases: their effect, not that of the sharding.
     sharding = ("framework and sharding", f"{framework} {setup.sharding}")
     return {
@@ -112,7 +115,7 @@ def _levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[s
             engine,
             ("framework", framework),
             ("compile", compiled),
-            ("loss", setup.loss),
+            ("kernels", kernels),
         ),
         "logits": (("loss", setup.loss),),
         "dequantize": (("quantization", setup.base_quantization or "none"),),
@@ -127,7 +130,7 @@ def _levels(setup: Setup, accelerator: Accelerator, *, megatron: bool) -> dict[s
             ("framework and accelerator", f"{framework} {accelerator.name}"),
             engine,
             sharding,
-            ("model", setup.model),
+            ("model", listed_name(setup.model)),
         ),
     }  # fmt: skip
 

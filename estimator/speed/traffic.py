@@ -128,6 +128,8 @@ def offload_bytes(shape: ModelShape, setup: Setup, size: Widths, persistent: Sta
     if setup.offload == "activations":
         kept: Number = 0.0
         for moe, layers in ((False, shape.plain_layers), (True, shape.moe_layers)):
+            if not layers:
+                continue
             of = layer_activations(shape, setup, moe=moe)
             kept += layers * (of.kept if setup.checkpointing == "none" else of.layer_input)
         return 2.0 * tokens * kept / setup.pipeline_parallel / setup.context_parallel

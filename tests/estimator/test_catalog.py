@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from estimator.building.model import model_config
+from estimator.data import read_data
 from estimator.errors import InputError
 from estimator.memory.checkpoint import weight_tensors
 from estimator.model.catalog import built_in_names, infer_shape, model_names, resolve_model, transformers_class
-from estimator.model.shape import active_parameters, count_parameters, lora_parameters
+from estimator.model.config_shape import shape_from_config
+from estimator.model.shape import ModelShape, active_parameters, count_parameters, lora_parameters
 from estimator.setup import Setup
 
 # One of every family that transformers builds, and the mixtures of experts.
 BUILT = [
     "nano", "nano-llama", "qwen1.5-0.5b", "llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b", "mistral-7b", "mixtral-8x7b", "gemma-2b",
     "gpt2-124m", "santacoder", "phi-2", "opt-1.3b", "falcon-7b", "stablelm-alpha-3b", "nemotron4-15b", "deepseek-v3", "powerlm-3b",
+    "qwen1.5-moe-a2.7b", "granite-3.1-1b-a400m-instruct", "olmo-2-1b", "olmoe-1b-7b", "minimax-m2", "glm-4.5", "command-r-v01", "stablelm-2-1.6b",
+    "phi-3.5-moe", "afm-4.5b", "starcoder2-3b", "gemma-3-1b",
 ]  # fmt: skip
-EAGER = ["gemma-2-9b", "bloom-7b1", "gpt-oss-20b"]
+EAGER = ["gemma-2-9b", "bloom-7b1", "gpt-oss-20b", "gpt-j-6b", "gpt-neo-1.3b"]
 
 
 @pytest.mark.parametrize("name", [*BUILT, *EAGER])
@@ -48,6 +54,21 @@ def test_the_count_is_the_one_that_torch_finds_on_the_meta_device(name: str) -> 
 )
 def test_large_models_have_their_published_counts(name: str, billions: float) -> None:
     assert count_parameters(resolve_model(name)).total / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # What their files on the hub hold, to the last one.
+    [
+        ("qwen2.5-7b", 7_615_616_512), ("deepseek-r1-distill-qwen-1.5b", 1_777_088_000), ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen1.5-moe-a2.7b", 14_315_784_192), ("mistral-7b-v0.3", 7_248_023_552), ("ministral-8b", 8_019_808_256),
+        ("gemma-2-27b", 27_227_128_320), ("phi-4", 14_659_507_200), ("olmoe-1b-7b", 6_919_161_856), ("smollm3-3b", 3_075_098_624),
+        ("starcoder2-7b", 7_173_923_840), ("starcoder-15b", 15_517_456_384), ("pythia-6.9b", 6_857_302_016), ("gpt-j-6b", 6_050_882_784),
+        ("gpt-neo-2.7b", 2_651_307_520), ("gpt-neox-20b", 20_554_567_680), ("bloom-560m", 559_214_592), ("dbrx", 131_596_523_520),
+    ],
+)  # fmt: skip
+def test_published_files_hold_as_many_parameters(name: str, parameters: int) -> None:
+    assert count_parameters(resolve_model(name)).total == parameters
 
 
 def test_active_parameters_are_those_of_the_model_cards() -> None:
@@ -127,6 +148,36 @@ def test_hub_ids_of_catalog_models_need_no_hub() -> None:
     assert resolve_model("meta-llama/Llama-3.1-8B-Instruct").name == "llama-3.1-8b"
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "llama-3.1-8b"), ("llama3_1_8b", "llama-3.1-8b"),
+        ("meta-llama-llama-3.1-8b", "llama-3.1-8b"), ("TheBloke/Llama-2-13B-chat-GPTQ", "llama-2-13b"), ("gpt-2-small", "gpt2-124m"),
+        ("EleutherAI/pythia-70m-deduped", "pythia-70m"), ("deepseek-ai/DeepSeek-R1", "deepseek-v3"), ("01-ai-yi-1.5-34b-chat", "yi-34b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"), ("Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4", "qwen2.5-72b-instruct-awq"),
+    ],
+)  # fmt: skip
+def test_a_model_has_many_spellings(text: str, name: str) -> None:
+    assert resolve_model(text).name == name
+
+
+# Of these there are several: other vocabularies of Granite's base models, two Small Mistrals, a tuned model with a longer table.
+@pytest.mark.parametrize("text", ["granite-3.0-8b", "mistral-small", "llama", "llama-3-8b-262k", "nano-chat"])
+def test_a_name_that_says_too_little_is_not_guessed(text: str) -> None:
+    with pytest.raises(InputError, match="did you mean"):
+        resolve_model(text)
+
+
+def test_names_with_the_same_letters_and_numbers_have_the_same_shape() -> None:
+    shapes: dict[tuple[str, ...], ModelShape] = {}
+    models = {row["model"] for row in read_data("models.csv")}
+    rows = [(name, name) for name in models] + [(row["alias"], row["model"]) for row in read_data("model_aliases.csv")]
+    for name, model in rows:
+        assert model in models, name
+        shape = dataclasses.replace(resolve_model(model), name="")
+        assert shapes.setdefault(tuple(re.findall(r"[a-z]+|[0-9]+", name)), shape) == shape, name
+
+
 @pytest.mark.parametrize("text", ["llama-9b-that-never-was", "-8e9", "8x9", "1e3", "1e30", ""])
 def test_an_unknown_model_is_one_line(text: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -173,3 +224,28 @@ def test_a_path_that_begins_with_a_dot_or_a_digit_is_a_path(tmp_path: Path, monk
 def test_a_count_beyond_all_sense_is_one_line() -> None:
     with pytest.raises(InputError, match="too large"):
         resolve_model("9" * 30)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "/" + "x" * 5000, "~nobody-at-all/model", "x" * 300 + "/" + "y" * 300])
+def test_a_name_that_no_file_can_have_is_one_line(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_model(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("without", "every"), [([0, 3], 1), ([1, 2, 5], 2), ([0, 99], 3)])
+def test_layers_that_a_config_leaves_without_experts_are_counted_as_transformers_builds_them(
+    without: list[int], every: int
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160,
+        moe_intermediate_size=48, shared_expert_intermediate_size=48, num_experts=4, num_experts_per_tok=2, mlp_only_layers=without,
+        decoder_sparse_step=every,
+    )  # fmt: skip
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    shape = shape_from_config(json.loads(config.to_json_string()), "mixture")
+    assert count_parameters(shape).total == sum(parameter.numel() for parameter in built.parameters())

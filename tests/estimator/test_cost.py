@@ -94,10 +94,11 @@ def test_the_catalogs_price_lies_between_the_cheapest_and_the_dearest_provider()
 
 def test_an_accelerator_without_a_price_has_no_cost_and_no_guess() -> None:
     assert catalog_price("V100-PCIE-32GB") is None
-    run = estimate(
+    found = estimate(
         Setup(model="1e9", precision="fp16-mixed", accelerator="V100-PCIE-32GB"), request=RunRequest(samples=10)
-    ).run
-    assert run is not None and run.cost_usd is None
+    )
+    assert found.run is not None and found.run.cost_usd is None
+    assert any("no price for V100-PCIE-32GB; write --price" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

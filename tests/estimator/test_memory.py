@@ -166,3 +166,32 @@ def test_sharding_over_more_devices_never_raises_a_peak() -> None:
         for n in (2, 8, 64, 512)
     ]
     assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_quantized_experts_are_divided_over_expert_parallel_ranks(sharding: str) -> None:
+    def parameters(ranks: int) -> float:
+        setup = Setup(model="mixtral-8x7b", method="qlora", base_quantization="gptq-int4", accelerators=8, sharding=sharding,
+                      expert_parallel=ranks, seq=128).resolved()  # fmt: skip
+        peak = peak_phase(memory_phases(resolve_model(setup.model), setup))
+        return next(part.amount for part in peak.parts if part.name == "parameters")
+
+    one, eight = parameters(1), parameters(8)
+    # Half a byte for each of 45.1B experts' parameters, 2 B for embeddings and head.
+    assert 0.1 * one < eight < (0.3 if sharding == "none" else 1.0) * one
+
+
+def test_offloaded_activations_of_a_dense_model_before_transformers_4_46_have_a_time() -> None:
+    from estimator.speed.compute import step_work
+
+    setup = Setup(model="nano", offload="activations", logit_copies="shifted").resolved()
+    assert step_work(resolve_model("nano"), setup).offload_bytes > 0
+
+
+def test_an_evaluation_has_the_logits_that_the_dry_run_sees_in_chunks() -> None:
+    from estimator.dryrun.run import dry_run
+
+    setup = Setup(model="nano", precision="bf16", loss="chunked", seq=128, eval_batch=16, accelerator="RTX-3090").resolved()  # fmt: skip
+    peak = peak_phase(memory_phases(resolve_model("nano"), setup))
+    assert peak.phase == "evaluation"
+    assert peak.bytes == pytest.approx(dry_run(setup).peak_allocated_bytes, rel=0.02)

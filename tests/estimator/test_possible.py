@@ -18,6 +18,8 @@ IMPOSSIBLE = {
     "more stages than layers": ({"pipeline_parallel": 64, "accelerators": 64}, "pipeline_parallel: 64 stages .* 32 layers"),
     "heads not divided": ({"tensor_parallel": 3, "accelerators": 3}, "tensor_parallel: 3 ranks do not divide the 32"),
     "experts of a dense model": ({"expert_parallel": 8, "accelerators": 8}, "expert_parallel: llama-3.1-8b has no experts"),
+    "more experts' ranks than devices": ({"model": "mixtral-8x7b", "expert_parallel": 8, "accelerators": 4}, "8 ranks do not divide the 4"),
+    "and than a stage has": ({"model": "mixtral-8x7b", "expert_parallel": 8, "accelerators": 8, "pipeline_parallel": 2}, "the 4 .* of a pipeline stage"),
     "experts not divided": ({"model": "mixtral-8x7b", "expert_parallel": 3, "accelerators": 6}, "3 ranks do not divide the 8"),
     "more ranks than tokens": ({"context_parallel": 8, "accelerators": 8, "seq": 4}, "context_parallel: 8 ranks .* 4 tokens"),
     "a sequence in uneven pieces": ({"context_parallel": 4, "accelerators": 4, "seq": 32770}, "8 even pieces.* write --seq 32776"),

@@ -110,3 +110,16 @@ def test_context_parallel_ranks_share_the_parameters_as_data_parallel_ones_do(
     values: dict[str, Any], sharding: str
 ) -> None:
     assert Setup(model="nano", **values).resolved().sharding == sharding
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora_targets": "q_proj"}, "lora_targets: means nothing"),
+        ({"attention": "eager", "attention_kernel": "flash"}, "attention_kernel: flash"),
+        ({"attention": "flash", "attention_kernel": "math"}, "attention_kernel: math"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Setup(model="nano", **settings)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from estimator.dryrun.run import dry_run
+from estimator.memory.checkpoint import checkpoint_bytes
 from estimator.memory.formula import memory_phases, peak_phase
+from estimator.memory.states import states
 from estimator.model.catalog import resolve_model
 from estimator.model.shape import count_parameters
 from estimator.setup import Setup
@@ -57,3 +59,14 @@ def test_what_is_gathered_has_a_limit() -> None:
     )
     share = [16 * count_parameters(resolve_model(s.model)).total / 64 for s in (small, large)]
     assert peak(large) - peak(small) < 2 * (share[1] - share[0])
+
+
+@pytest.mark.parametrize(("optimizer", "width"), [("adamw", 12), ("sgd", 4), ("adafactor", 4), ("adamw-8bit", 6.03)])
+def test_the_engine_keeps_master_weights_and_the_moments_that_the_optimizer_has(optimizer: str, width: float) -> None:
+    for framework, sharding in (("hf-trainer+deepspeed", "zero3"), ("megatron", "zero1")):
+        setup = Setup(model="llama-3.1-8b", framework=framework, sharding=sharding, accelerators=8, optimizer=optimizer)
+        shape, setup = resolve_model(setup.model), setup.resolved()
+        parameters = count_parameters(shape).total
+        assert states(shape, setup).optimizer * 8 / parameters == pytest.approx(width, rel=0.005)
+        # 2.3 TB for the 176B of BLOOM, by its authors: 14 B a parameter with AdamW.
+        assert sum(checkpoint_bytes(shape, setup)) / parameters == pytest.approx(2 + width, rel=0.005)
