@@ -41,12 +41,19 @@ def builds_mask(setup: Setup) -> bool:
 
 
 def uses_math_kernel(shape: ModelShape, setup: Setup, *, masked: bool) -> bool:
-    """Whether SDPA falls back to plain products: where named, and on a GPU for grouped queries in fp32 without a mask
-    (flash is for half precision, and the memory-efficient kernel knows no groups)."""
+    """Whether SDPA falls back to plain products: where named, for a lone key that it is to broadcast, and on a GPU for grouped
+    queries in fp32 without a mask (flash is for half precision, and the memory-efficient kernel knows no groups)."""
+    if setup.attention == "sdpa" and _broadcasts_lone_key(shape, setup):
+        return True
     if setup.attention not in ("sdpa", "flash") or is_cpu(setup.accelerator):
         return setup.attention_kernel == "math"
     grouped = shape.kv_heads != shape.heads and widths(setup).compute == 4 and not masked
     return setup.attention_kernel == "math" or (grouped and setup.attention_kernel in (None, "flash"))
+
+
+def _broadcasts_lone_key(shape: ModelShape, setup: Setup) -> bool:
+    """Falcon's first layout in transformers' code: one key head beside many of queries, which no fused kernel takes."""
+    return shape.family == "falcon" and shape.kv_heads == 1 and shape.heads > 1 and conventions(setup).written_out_gelu
 
 
 def attention_bytes(shape: ModelShape, setup: Setup, size: Widths, *, masked: bool) -> AttentionBytes:

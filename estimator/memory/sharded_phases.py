@@ -13,7 +13,14 @@ _LOSS_CHUNKS = 8
 
 def moments(ledger: Ledger) -> list[Moment]:
     if ledger.setup.sharding == "zero3":
-        return [full_bucket(ledger, first=True), full_bucket(ledger, first=False), fetching_head(ledger)]
+        return [
+            full_bucket(ledger, first=True),
+            full_bucket(ledger, first=False),
+            fetching_head(ledger),
+            ledger.moment(
+                "forward", gradients=ledger.held_gradients, communication=ledger.buffers.engine.fetching_ahead()
+            ),
+        ]
     if ledger.setup.sharding == "zero2":
         return [first_bucket(ledger)] if keeps_master_weights(ledger.setup) and not ledger.setup.offload else []
     return [

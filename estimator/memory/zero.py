@@ -81,6 +81,9 @@ class Engine:
         else:  # a head is whole whatever the limit
             live = maximum(live, self.states.embedding)
         live = minimum(live, self.states.total + (_AHEAD if phase in ("forward", "loss") else 0.0))
+        if self.setup.method == "freeze":  # frozen layers have no backward: what they gathered does not come again
+            trained = (self.setup.trainable_layers or 0) * self.states.largest_layer
+            live = minimum(live, self.states.embedding + trained)
         if phase in ("head", "backward"):
             live = maximum(live, 2 * self._experts)
         return where(self.place.gathers, _HALF * live, 0.0)
@@ -89,6 +92,13 @@ class Engine:
         """Buffers as the head is gathered, ahead of its turn with the last norm: in a flat buffer, and copied out of it."""
         head = 0.0 if self.shape.tied_embeddings else 2 * self.states.embedding
         return _HALF * _BUCKET + where(self.place.gathers, _HALF * head, 0.0)
+
+    def fetching_ahead(self) -> Number:
+        """Buffers amid frozen layers, of which as many are gathered ahead as the limit lets live."""
+        frozen = self.setup.method == "freeze"
+        coming = self.states.total if self.shape.tied_embeddings else self._layered
+        live = minimum(_MAX_LIVE + self._matrix / 2, coming + _AHEAD)
+        return where(self.place.gathers, _HALF * (_BUCKET + live), 0.0) if frozen else 0.0
 
     @property
     def _experts(self) -> Number:

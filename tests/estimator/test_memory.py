@@ -102,6 +102,7 @@ def setups(draw: st.DrawFn) -> Setup:
     method = draw(st.sampled_from(["full", "freeze", "lora", "dora", "qlora"]))
     precision = draw(st.sampled_from(PRECISIONS))
     devices = draw(st.sampled_from([1, 1, 2, 8, 64]))
+    adapters = method in ("lora", "dora", "qlora")
     return Setup(
         model=draw(st.sampled_from([*DECODERS, "5e7", "8e9", "400e9"])),
         framework=draw(st.sampled_from(["hf-trainer", "torch-loop", "torchtitan"])),
@@ -109,8 +110,8 @@ def setups(draw: st.DrawFn) -> Setup:
         accelerators=devices,
         method=method,
         trainable_layers=1 if method == "freeze" else None,
-        lora_rank=draw(st.sampled_from([8, 64])) if method in ("lora", "dora", "qlora") else None,
-        lora_targets=draw(st.sampled_from([None, "all-linear"])),
+        lora_rank=draw(st.sampled_from([8, 64])) if adapters else None,
+        lora_targets=draw(st.sampled_from([None, "all-linear"])) if adapters else None,
         precision=precision,
         autocast=draw(st.sampled_from([None, "bf16"])) if precision in ("bf16", "fp16") else None,
         optimizer=draw(st.sampled_from([None, *(name for name in OPTIMIZERS if name != "galore")])),

@@ -175,7 +175,7 @@ def test_everything_from_data_is_escaped(
         dataclasses.replace(
             run,
             run=f"{number} {HOSTILE}",
-            setup=dataclasses.replace(run.setup, model=f"{run.setup.model} {HOSTILE}", accelerator=HOSTILE, lora_targets=HOSTILE),
+            setup=dataclasses.replace(run.setup, model=f"{run.setup.model} {HOSTILE}", accelerator=HOSTILE),
             **dict.fromkeys(texts, HOSTILE),
         )
         for number, run in enumerate(runs)
