@@ -93,7 +93,7 @@ def _config(path: Path, kind: str, **further: Any) -> str:
 @pytest.mark.parametrize(
     ("kind", "further", "products"),
     [
-        ("olmo2", {}, 1.0),  # Llama's matrices, other norms
+        ("exaone4", {}, 1.0),  # Llama's matrices, other norms
         (
             "ernie4_5_moe",
             {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64},
@@ -129,5 +129,5 @@ def _parameters(config: str) -> int:
 
 
 def test_without_a_dry_run_the_guess_says_that_it_is_one(tmp_path: Path) -> None:
-    found = estimate(Setup(model=_config(tmp_path, "olmo2"), accelerator="h100"))
+    found = estimate(Setup(model=_config(tmp_path, "exaone4"), accelerator="h100"))
     assert any("--dry-run runs its own code" in note for note in found.notes)
