@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script is run by its path
 from benchmarks.sharded_setups import draw_fsdp, draw_parallel
 from estimator.dryrun.run import dry_run
 from estimator.errors import InputError

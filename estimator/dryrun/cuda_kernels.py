@@ -113,7 +113,7 @@ def _choose(
     kernel: str | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, enable_gqa: bool
 ) -> str:
     """PyTorch's order is flash, memory-efficient, math; flash takes half precision without a mask, up to a width of 256."""
-    if key.shape[1] != query.shape[1] and not enable_gqa:
+    if kernel is None and key.shape[1] != query.shape[1] and not enable_gqa:
         return "math"  # broadcasts; no fused kernel does (ATen's check_batch_size_and_num_heads_dense)
     if kernel in ("cudnn", "math"):
         return kernel

@@ -115,6 +115,9 @@ def _run(setup: Setup, *, steps: int, capacity_bytes: int | None, every_layer: b
     )
 
 
+_REMARKING = ("_subclasses.fake_tensor", "distributed.tensor._redistribute")
+
+
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """What the libraries remark on a config or a kernel concerns nobody who wants its memory; errors are raised."""
@@ -123,16 +126,19 @@ def _quiet_libraries() -> Iterator[None]:
     except ImportError:  # named where it is used
         yield
         return
-    verbosity, kernels = logging.get_verbosity(), standard_logging.getLogger("torch._subclasses.fake_tensor")
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    level = kernels.level
-    kernels.setLevel(standard_logging.CRITICAL)
+    loggers = [standard_logging.getLogger(f"torch.{name}") for name in _REMARKING]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(standard_logging.CRITICAL)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(verbosity)
-        kernels.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

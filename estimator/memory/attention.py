@@ -43,7 +43,7 @@ def builds_mask(setup: Setup) -> bool:
 def uses_math_kernel(shape: ModelShape, setup: Setup, *, masked: bool) -> bool:
     """Whether SDPA falls back to plain products: where named, for a lone key that it is to broadcast, and on a GPU for grouped
     queries in fp32 without a mask (flash is for half precision, and the memory-efficient kernel knows no groups)."""
-    if setup.attention == "sdpa" and _broadcasts_lone_key(shape, setup):
+    if setup.attention == "sdpa" and setup.attention_kernel is None and _broadcasts_lone_key(shape, setup):
         return True
     if setup.attention not in ("sdpa", "flash") or is_cpu(setup.accelerator):
         return setup.attention_kernel == "math"

@@ -12,7 +12,7 @@ from benchmarks.sharded_setups import draw_fsdp
 from estimator.score import percentile
 from estimator.setup import Setup
 
-SETUPS = 24
+SETUPS = 20
 SEED = 11
 
 
