@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from importlib import resources
+from pathlib import Path
 
 from estimator.measured import MeasuredRun
 from estimator.model.catalog import resolve_model
@@ -14,6 +16,7 @@ from estimator.score import Comparison, Score, score, source_name
 from estimator.setup import Setup
 from estimator.validation import Validation
 
+_REASONS = Path(__file__).with_name("worst_speeds.csv")
 SPEEDS = ("step_seconds", "tokens_per_second")
 LEFT_OUT = """## Speed
 
@@ -22,7 +25,8 @@ errors of the step time, each row predicted by a fit without it and without all 
 """
 WORST = """### The worst speeds
 
-The rows that are furthest off. The fourth column holds what other rows of the same setup (whatever their sharding) measured: where it differs from the third, no column states what made the difference - a release, a kernel."""
+The rows that are furthest off. The fourth column holds what other rows of the same setup (whatever their sharding) measured: where it differs from the third, no column states what made the difference - a release, a kernel. The last column holds what the row's own
+notes, or its neighbours, say of it (`benchmarks/worst_speeds.csv`); where it is empty we know no reason."""
 SIZES = (
     (1e9, "below 1B"),
     (8.5e9, "1B to 8B"),
@@ -103,6 +107,8 @@ def _worst(
     table: Callable[[Iterable[str], Iterable[Iterable[str]]], str],
     percent: Callable[..., str],
 ) -> str:
+    with _REASONS.open(encoding="utf-8", newline="") as file:
+        reasons = {row["run"]: row["reason"] for row in csv.DictReader(file)}
     same: dict[Setup, list[float]] = {}
     for run, comparison in judged:
         same.setdefault(_but_sharding(run.setup), []).append(comparison.measured)
@@ -120,9 +126,10 @@ def _worst(
                 said,
                 what,
                 source_name(run.source),
+                reasons.get(run.run, ""),
             ]
         )
-    return table(["run", "error", "measured", "same setup measured", "setup", "source"], lines)
+    return table(["run", "error", "measured", "same setup measured", "setup", "source", "why"], lines)
 
 
 def _but_sharding(setup: Setup) -> Setup:
